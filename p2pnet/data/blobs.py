@@ -1,0 +1,173 @@
+"""States by their content: one file a blob, named by its SHA-256 (DESIGN D12).
+
+What is there under its name is whole: a blob is written aside, synced, and only
+then renamed. What a disk has spoiled since is found out when it is read. Nothing
+is kept in memory, so that several processes can share a directory.
+
+All methods block: call them from a thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Collection
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from p2pnet.errors import MalformedError, NotFoundError, ResourceError, UsageError
+from p2pnet.units import format_size
+
+logger = logging.getLogger(__name__)
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_ASIDE = ".put-"
+
+
+class BlobStore:
+    """A directory of blobs, made if it is not there. Digests are 64 lower-case hex digits.
+
+    Args:
+        bytes_max: what all blobs together may take.
+
+    Raises:
+        ResourceError: the directory cannot be made.
+    """
+
+    def __init__(self, path: Path, bytes_max: int) -> None:
+        self.path = path
+        self.bytes_max = bytes_max
+        self._lock = threading.Lock()  # one writer at a time counts what is used
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(f"{path} cannot hold states: {error.strerror}") from error
+
+    def put(self, data: bytes) -> str:
+        """Stores a blob and returns its digest; one that is there already costs nothing.
+
+        Raises:
+            ResourceError: the disk or the quota is full; nothing is left behind.
+        """
+        digest = hashlib.sha256(data).hexdigest()
+        with self._lock:
+            if self._is_whole(digest, data):
+                return digest
+            used_bytes = self.used_bytes()
+            if used_bytes + len(data) > self.bytes_max:
+                raise ResourceError(
+                    f"no room for a state of {format_size(len(data))} in {self.path}: "
+                    f"{format_size(used_bytes)} of {format_size(self.bytes_max)} are used"
+                )
+            try:
+                self._write(self.path / digest, data)
+            except OSError as error:
+                raise ResourceError(
+                    f"a state of {format_size(len(data))} cannot be written to {self.path}: "
+                    f"{error.strerror}"
+                ) from error
+        return digest
+
+    def get(self, digest: str) -> bytes:
+        """A blob, checked against its digest; one that does not hold is deleted.
+
+        Raises:
+            NotFoundError: it is not here, or was spoiled.
+            ResourceError: it cannot be read.
+        """
+        path = self._file(digest)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise NotFoundError(f"the state {digest[:12]}… is not in {self.path}") from None
+        except OSError as error:
+            raise ResourceError(f"{path} cannot be read: {error.strerror}") from error
+        if hashlib.sha256(data).hexdigest() != digest:
+            logger.warning("%s was spoiled on disk and is deleted", path)
+            path.unlink(missing_ok=True)
+            raise NotFoundError(f"the state {digest[:12]}… in {self.path} was spoiled")
+        return data
+
+    def has(self, digest: str) -> bool:
+        """Whether a blob is here; only `get` knows whether it is sound."""
+        return self._file(digest).is_file()
+
+    def drop(self, digest: str) -> None:
+        """Deletes a blob if it is here."""
+        self._file(digest).unlink(missing_ok=True)
+
+    def retain(self, digests: Collection[str]) -> int:
+        """Deletes all other blobs, and what a crash has left half-written; returns how many.
+
+        Only for who has the directory to himself.
+        """
+        with self._lock:
+            others = [
+                name
+                for name in sorted(os.listdir(self.path))
+                if name.startswith(_ASIDE) or (_DIGEST.fullmatch(name) and name not in digests)
+            ]
+            for name in others:
+                (self.path / name).unlink(missing_ok=True)
+        return len(others)
+
+    def used_bytes(self) -> int:
+        """What all blobs together take."""
+        total = 0
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                try:
+                    total += entry.stat().st_size
+                except FileNotFoundError:  # dropped in this moment
+                    pass
+        return total
+
+    def _file(self, digest: str) -> Path:
+        if not _DIGEST.fullmatch(digest):  # never a way out of the directory
+            raise MalformedError(f"{digest[:80]!r} is not a SHA-256 in hex")
+        return self.path / digest
+
+    def _is_whole(self, digest: str, data: bytes) -> bool:
+        try:
+            return self._file(digest).read_bytes() == data
+        except OSError:
+            return False
+
+    def _write(self, path: Path, data: bytes) -> None:
+        handle, aside = tempfile.mkstemp(prefix=_ASIDE, dir=self.path)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except BaseException:
+            Path(aside).unlink(missing_ok=True)
+            raise
+        directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)  # the new name too has to outlast a power cut
+        finally:
+            os.close(directory)
+
+
+def open_state(url: str, bytes_max: int) -> BlobStore:
+    """The store that `join --state URL` names: a directory that all nodes can reach.
+
+    Raises:
+        UsageError: not a URL of a directory.
+        ResourceError: the directory cannot be made.
+    """
+    return BlobStore(path_of(url), bytes_max)
+
+
+def path_of(url: str) -> Path:
+    """The absolute path in a file:// URL; raises UsageError for anything else."""
+    parts = urlsplit(url)
+    if parts.scheme != "file" or parts.netloc not in ("", "localhost") or len(parts.path) < 2:
+        raise UsageError(f"{url!r} is no URL of a local file: write for example file:///srv/p2pnet")
+    return Path(unquote(parts.path))

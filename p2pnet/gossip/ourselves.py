@@ -1,0 +1,97 @@
+"""What this node says of itself, and when it contradicts what is said of it. Pure."""
+
+from __future__ import annotations
+
+import math
+
+from p2pnet.gossip.events import Description
+from p2pnet.gossip.statements import INCARNATION_MAX, OpenAdvert, Versions, build_advert
+from p2pnet.keys import KeyPair
+
+
+class Ourselves:
+    """Our advert: its description, incarnation and sequence."""
+
+    def __init__(
+        self,
+        keypair: KeyPair,
+        description: Description,
+        versions: Versions,
+        *,
+        incarnation: int,
+        refute_interval_s: float,
+    ) -> None:
+        self._keypair = keypair
+        self._description = description
+        self._versions = versions
+        self._incarnation = incarnation
+        self._sequence = 0
+        self._left = False
+        self._refute_interval_s = refute_interval_s
+        self._refuted_at = -math.inf
+        self.refute_at: float | None = None  # when a refutation is due
+
+    @property
+    def left(self) -> bool:
+        """True once we said that we go."""
+        return self._left
+
+    def advert(self) -> OpenAdvert:
+        """Our advert as things are now, signed."""
+        return build_advert(
+            self._keypair,
+            incarnation=self._incarnation,
+            sequence=self._sequence,
+            left=self._left,
+            addrs=self._description.addrs,
+            grpc_targets=self._description.grpc_targets,
+            grpc_certificate=self._description.grpc_certificate,
+            capabilities=self._description.capabilities,
+            versions=self._versions,
+        )
+
+    def describe(self, description: Description) -> bool:
+        """We are different from now on; False if not."""
+        if description == self._description:
+            return False
+        self._description = description
+        self._sequence += 1
+        return True
+
+    def leave(self) -> None:
+        """We go."""
+        self._left = True
+        self._sequence += 1
+        self.refute_at = None
+
+    def met(self, advert: OpenAdvert) -> bool:
+        """An advert in our name came by; True if ours must outdo it.
+
+        It is from an earlier run, by a clock that has been set back since.
+        """
+        ours = (self._incarnation, self._left, self._sequence)
+        if self._left or advert.order <= ours or advert.incarnation >= INCARNATION_MAX:
+            return False
+        self._incarnation, self._sequence = advert.incarnation + 1, 0
+        return True
+
+    def accused(self, incarnation: int, now: float) -> bool:
+        """We are accused; True if a refutation is to come that was not yet.
+
+        Not without a pause between two: a liar shall not make us flood the others.
+        """
+        if self._left or incarnation != self._incarnation or self.refute_at is not None:
+            return False
+        self.refute_at = max(now, self._refuted_at + self._refute_interval_s)
+        return True
+
+    def refute(self, now: float) -> bool:
+        """True if a refutation is due: then our incarnation is a new one."""
+        if self.refute_at is None or now < self.refute_at:
+            return False
+        self.refute_at = None
+        if self._incarnation >= INCARNATION_MAX:
+            return False
+        self._refuted_at = now
+        self._incarnation, self._sequence = self._incarnation + 1, 0
+        return True

@@ -1,0 +1,153 @@
+"""The compiled graph: its facts for digits, its canonical JSON, and what a peer may not send."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import p2pnet
+from p2pnet.errors import MalformedError
+from p2pnet.orchestrator.spec import load_spec
+from p2pnet.vnode.draft import Draft, TensorSpec
+from p2pnet.vnode.graph import CompiledGraph, compile_graph, from_json
+
+DIGITS = load_spec(Path(p2pnet.__file__).parent / "data" / "digits.yaml")
+
+
+def test_the_digits_graph() -> None:
+    assert DIGITS.vnodes() == ("fc1", "act1", "fc2", "skip", "out", "loss")
+    assert DIGITS.output == "out"
+    assert (DIGITS.learning, DIGITS.seed, DIGITS.micro_batches, DIGITS.cut_every) == (
+        "chain", 0, 1, 20,
+    )  # fmt: skip
+    assert dict(DIGITS.inputs) == {"x": TensorSpec((64,), "float32")}
+    assert DIGITS.target == TensorSpec((), "int64")
+    assert DIGITS.optimizer.config == {
+        "lr": 0.001, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0,
+    }  # fmt: skip
+    fc1 = DIGITS.node("fc1")
+    assert fc1.config == {"in_features": 64, "out_features": 128, "bias": True}
+    assert fc1.param_shapes == {"weight": (128, 64), "bias": (128,)}
+    assert fc1.output == TensorSpec((128,))
+    assert fc1.param_bytes == 4 * (128 * 64 + 128)
+    # parameters, gradients, Adam's two moments and its two step counters
+    assert fc1.state_bytes == 4 * fc1.param_bytes + 2 * 4
+    assert fc1.activation_bytes == 2 * 4 * (64 + 128)
+    assert (fc1.flops_forward, fc1.flops_backward) == (128 * (2 * 64 + 1), 2 * 128 * 129)
+    assert fc1.memory_bytes(32) == fc1.state_bytes + 32 * fc1.activation_bytes + (256 << 10)
+    assert sum(node.param_bytes for node in DIGITS.nodes) == 4 * 17_226
+    # One digest, one graph: it changes only with the format version.
+    assert DIGITS.digest.hex().startswith("90a64584ccfb8d5e")
+
+
+def test_who_consumes_what() -> None:
+    assert DIGITS.consumers("x") == (("fc1", 0), ("skip", 1))
+    assert DIGITS.consumers("fc2") == (("skip", 0),)
+    assert DIGITS.consumers("out") == (("loss", 0),)
+    assert DIGITS.consumers("y") == (("loss", 1),)
+    assert DIGITS.consumers("loss") == ()
+    assert DIGITS.tensor("y") == DIGITS.target
+    assert DIGITS.tensor("skip").shape == (64,)
+
+
+def test_one_node_may_take_the_same_input_twice() -> None:
+    graph = compile_graph(
+        name="twice",
+        inputs={"x": TensorSpec((3,))},
+        nodes=[Draft("double", "Add", {}, ("x", "x"))],
+        loss=Draft("loss", "MSELoss", {}, ("double",)),
+        optimizer="SGD",
+        optimizer_config={"lr": 1},
+    )
+    assert graph.consumers("x") == (("double", 0), ("double", 1))
+    assert from_json(graph.to_json()) == graph
+
+
+def test_json_there_and_back() -> None:
+    data = DIGITS.to_json()
+    again = CompiledGraph.from_json(data)
+    assert again == DIGITS
+    assert (again.to_json(), again.digest) == (data, DIGITS.digest)
+    assert list(again.node("fc1").param_shapes) == ["weight", "bias"]  # torch's order
+    assert b" " not in data
+
+
+def changed(**changes: Any) -> bytes:
+    graph = json.loads(DIGITS.to_json()) | changes
+    return json.dumps(graph, sort_keys=True, separators=(",", ":")).encode()
+
+
+def first_node(**changes: Any) -> bytes:
+    graph = json.loads(DIGITS.to_json())
+    graph["nodes"][0] |= changes
+    return json.dumps(graph, sort_keys=True, separators=(",", ":")).encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "not JSON"),
+        (b"\xff", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[]", "no format_version"),
+        (changed(format_version=2), "has format 2, and this node reads 1"),
+        (changed(format_version=True), "no format_version"),
+        (changed(nodes=None), "no nodes"),
+        (changed(nodes=[1]), "no inputs of the right type"),
+        (changed(inputs={"x": {"shape": [2.5], "dtype": "float32"}}), "does not fit together"),
+        (changed(inputs={"x": {"shape": [[]], "dtype": "float32"}}), "does not fit together"),
+        (changed(seed=1e400), "no seed"),
+        (changed(extra=1), "not in its canonical form"),
+        (changed(nodes=[]), "a network has 1 to 10000 nodes, not 0"),
+        (first_node(flops_forward=1), "not in its canonical form"),
+        (first_node(state_bytes=0), "not in its canonical form"),
+        (first_node(type="Conv2d"), "unknown type 'Conv2d'"),
+        (first_node(inputs=["fc2"]), "a cycle"),
+        (first_node(inputs=[["x"]]), "inputs are not names"),
+        (first_node(id="../../etc"), "the id of a node"),
+        (first_node(config={"in_features": 2**70, "out_features": 1}), "does not fit together"),
+        (DIGITS.to_json() + b" ", "not in its canonical form"),
+        (DIGITS.to_json().replace(b'"seed":0', b'"seed":0,"seed":0'), "not in its canonical form"),
+        (DIGITS.to_json().replace(b'"lr":0.001', b'"lr":1e-3'), "not in its canonical form"),
+        (DIGITS.to_json().replace(b'"lr":0.001', b'"lr":NaN'), "does not fit together"),
+        (b" " * ((4 << 20) + 1), "at most 4 MiB"),
+    ],
+)
+def test_what_no_honest_peer_sends(data: bytes, words: str) -> None:
+    with pytest.raises(MalformedError) as error:
+        from_json(data)
+    assert words in str(error.value)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.data())
+def test_a_damaged_graph_raises_nothing_else(data: st.DataObject) -> None:
+    raw = bytearray(DIGITS.to_json())
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        graph = from_json(bytes(raw))
+    except MalformedError:
+        return
+    assert graph.to_json() == bytes(raw)
+
+
+def test_a_later_orchestrator_needs_neither_torch_nor_a_clock() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import p2pnet.vnode.graph, "
+        "p2pnet.orchestrator.placement; print(*sorted(set(sys.modules) - before))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    loaded = result.stdout.split()
+    assert "p2pnet.vnode.graph" in loaded
+    for name in ("torch", "numpy", "trio", "asyncio", "grpc", "libp2p", "yaml", "pydantic"):
+        assert name not in loaded
