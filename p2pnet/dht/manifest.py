@@ -1,0 +1,52 @@
+"""A network's manifest: what its owner signs, and what its id is made of. Pure."""
+
+from __future__ import annotations
+
+from p2pnet import keys
+from p2pnet.dht.canonical import parse_canonical
+from p2pnet.errors import ForgedError, MalformedError
+from p2pnet.v1 import common_pb2, records_pb2
+
+MANIFEST_BYTES_MAX = 8 << 10
+NAME_CHARS_MAX = 64
+ORCHESTRATORS_MAX = 64
+_NONCE_BYTES_MAX = 64
+
+
+def network_id_of(signed_manifest: common_pb2.Signed) -> str:
+    """A network's id: the first 16 bytes of the SHA-256 of the manifest's payload, as hex."""
+    return keys.sha256(signed_manifest.payload)[:16].hex()
+
+
+def open_manifest(signed: common_pb2.Signed) -> records_pb2.Manifest:
+    """The manifest in a signed statement, verified.
+
+    Raises:
+        ForgedError: not signed by the owner that it names.
+        MalformedError: not a manifest, or with a field out of bounds.
+    """
+    manifest = parse_canonical(records_pb2.Manifest, signed.payload, MANIFEST_BYTES_MAX)
+    keys.verify(keys.MANIFEST, signed)
+    if manifest.owner != signed.public_key:
+        raise ForgedError("a manifest that another than its owner signed")
+    check_name("network", manifest.name)
+    if len(manifest.spec_digest) != 32:
+        raise MalformedError("a manifest whose spec digest is no SHA-256")
+    if len(manifest.nonce) > _NONCE_BYTES_MAX:
+        raise MalformedError("a manifest with too long a nonce")
+    if len(manifest.orchestrators) > ORCHESTRATORS_MAX:
+        raise MalformedError(f"a manifest with over {ORCHESTRATORS_MAX} orchestrators")
+    for peer_id in manifest.orchestrators:
+        keys.public_key_of(peer_id)
+    return manifest
+
+
+def grants(manifest: records_pb2.Manifest, peer_id: str) -> bool:
+    """Whether the owner lets that peer orchestrate the network."""
+    return manifest.any_orchestrator or peer_id in manifest.orchestrators
+
+
+def check_name(what: str, name: str, chars_max: int = NAME_CHARS_MAX) -> None:
+    """Raises MalformedError for a name that is empty, too long, or not printable."""
+    if not 0 < len(name) <= chars_max or not name.isprintable():
+        raise MalformedError(f"a {what} name has 1 to {chars_max} printable characters")

@@ -1,0 +1,89 @@
+"""How long to wait for a peer, from the round trips seen. Pure.
+
+The estimator is RFC 6298's (Jacobson and Karels 1988): with a sample R,
+    RTTVAR <- 3/4 RTTVAR + 1/4 |SRTT - R|,   SRTT <- 7/8 SRTT + 1/8 R,
+beginning with SRTT = R and RTTVAR = R/2; and SRTT + 4 RTTVAR is how long an
+answer may well take. A request that got no answer gives no sample (Karn).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Past its *patience* a request no longer holds a lookup up: another peer is
+# asked beside it, and its answer is still taken. Past its *timeout* the peer is
+# given up. The two are apart because a busy volunteer often stalls for a second,
+# and giving it up costs a connection.
+PATIENCE_S_MIN = 0.03
+PATIENCE_S_MAX = 1.0  # RFC 6298's first timeout
+TIMEOUT_S_MIN = 2.0
+TIMEOUT_S_MAX = 8.0
+_TIMEOUT_PATIENCES = 4
+_PEERS_MAX = 1024
+# The swarm says something of a stranger only after so many samples, and a
+# stranger has to be dialled first.
+_SAMPLES_MIN = 8
+_STRANGER_FACTOR = 2
+
+
+@dataclass(slots=True)
+class _Estimate:
+    smoothed_s: float
+    variation_s: float
+
+    @staticmethod
+    def first(sample_s: float) -> _Estimate:
+        return _Estimate(sample_s, sample_s / 2)
+
+    def add(self, sample_s: float) -> None:
+        self.variation_s += (abs(self.smoothed_s - sample_s) - self.variation_s) / 4
+        self.smoothed_s += (sample_s - self.smoothed_s) / 8
+
+    def limit_s(self) -> float:
+        return self.smoothed_s + 4 * self.variation_s
+
+
+class RoundTrips:
+    """One estimate a peer, for the latest 1024, and one over all of them for the others."""
+
+    def __init__(self) -> None:
+        self._peers: dict[str, _Estimate] = {}
+        self._swarm: _Estimate | None = None
+        self._samples = 0
+
+    @property
+    def smoothed_s(self) -> float | None:
+        """The swarm's smoothed round trip, None before the first."""
+        return self._swarm.smoothed_s if self._swarm else None
+
+    def sample(self, peer_id: str, round_trip_s: float) -> None:
+        """A peer answered a request after that time."""
+        estimate = self._peers.pop(peer_id, None)
+        if estimate is None:
+            estimate = _Estimate.first(round_trip_s)
+            if len(self._peers) >= _PEERS_MAX:
+                del self._peers[next(iter(self._peers))]
+        else:
+            estimate.add(round_trip_s)
+        self._peers[peer_id] = estimate  # at the end: the latest
+        self._samples += 1
+        if self._swarm is None:
+            self._swarm = _Estimate.first(round_trip_s)
+        else:
+            self._swarm.add(round_trip_s)
+
+    def patience_s(self, peer_id: str) -> float:
+        """After how many seconds an answer of that peer is overdue."""
+        estimate = self._peers.get(peer_id)
+        if estimate is not None:
+            limit_s = estimate.limit_s()
+        elif self._swarm is not None and self._samples >= _SAMPLES_MIN:
+            limit_s = _STRANGER_FACTOR * self._swarm.limit_s()
+        else:
+            limit_s = PATIENCE_S_MAX
+        return min(max(limit_s, PATIENCE_S_MIN), PATIENCE_S_MAX)
+
+    def timeout_s(self, peer_id: str) -> float:
+        """After how many seconds that peer is given up."""
+        wanted = _TIMEOUT_PATIENCES * self.patience_s(peer_id)
+        return min(max(wanted, TIMEOUT_S_MIN), TIMEOUT_S_MAX)

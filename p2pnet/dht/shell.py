@@ -1,0 +1,370 @@
+"""The DHT on trio: carries the core's effects out over a `Network`.
+
+A thin shell: requests, replies and the clock. What is decided is decided in
+`core.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import trio
+
+from p2pnet import clock
+from p2pnet.core import Tick
+from p2pnet.dht import events as ev
+from p2pnet.dht import wire
+from p2pnet.dht.canonical import parse_canonical
+from p2pnet.dht.core import Kademlia
+from p2pnet.dht.records import PAYLOAD_BYTES_MAX, OpenRecord, open_record
+from p2pnet.dht.wire import Kind, Message
+from p2pnet.errors import (
+    CancelledByUs,
+    LocalError,
+    MalformedError,
+    P2PNetError,
+    RemoteError,
+    UnreachableError,
+)
+from p2pnet.keys import peer_id_bytes
+from p2pnet.net.network import Network, PeerInfo
+from p2pnet.v1 import common_pb2, records_pb2
+
+KAD_PROTOCOL = "/p2pnet/kad/1.0.0"
+# Announced by peers that keep records; stock peers of the same DHT only route.
+RECORD_PROTOCOL = "/p2pnet/record/1"
+TIMEOUT_S = 10.0
+_CHECK_TIMEOUT_S = 5.0
+_CHECKS_AT_ONCE = 8
+_CHECKS_MAX = 256
+_GRACE_S = 2.0
+
+_log = logging.getLogger(__name__)
+
+
+class Started(Protocol):
+    """What `nursery.start` hands to a task."""
+
+    def started(self) -> None:
+        """The task is up."""
+        ...
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """Somebody waits for an operation."""
+
+    done: trio.Event = field(default_factory=trio.Event)
+    result: ev.Result = field(default_factory=lambda: ev.Failed("the DHT did not come to an end"))
+
+
+class Dht:
+    """One peer's part in the DHT. Everything but `run` works only while `run` does.
+
+    `server`: answers others and keeps records for them; a short-lived client does not,
+    and stays out of everybody's routing table.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        rng: random.Random,
+        server: bool = True,
+        protocol: str = KAD_PROTOCOL,
+        now: Callable[[], float] = clock.now,
+        wall_ms: Callable[[], int] = clock.wall_ms,
+    ) -> None:
+        self._network = network
+        self._server = server
+        self._protocol = protocol
+        self._now = now
+        self._wall_ms = wall_ms
+        self._core = Kademlia(network.peer_id, rng, server=server)
+        self._nursery: trio.Nursery | None = None
+        self._early: list[tuple[Callable[..., Awaitable[None]], tuple[object, ...]]] = []
+        self._alarm = trio.Event()
+        self._alarm_at: float | None = None
+        self._last_id = 0
+        self._waiting: dict[int, _Waiting] = {}
+        self._replies: dict[int, Message | MalformedError | None] = {}
+        self._makers: dict[bytes, Callable[[], common_pb2.Signed]] = {}
+        self._checking: dict[str, None] = {}
+        self._check_slots = trio.CapacityLimiter(_CHECKS_AT_ONCE)
+        self._counts = {"requests_sent": 0, "requests_failed": 0, "requests_answered": 0}
+
+    async def run(self, *, task_status: Started = trio.TASK_STATUS_IGNORED) -> None:
+        """Takes part until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                if self._server:
+                    self._network.serve(self._protocol, self._serve)
+                    self._network.serve(RECORD_PROTOCOL, self._serve)
+                for task, arguments in self._early:
+                    nursery.start_soon(task, *arguments)
+                self._early.clear()
+                task_status.started()
+                await self._keep_time()
+            finally:
+                self._nursery = None
+                for waiting in self._waiting.values():
+                    waiting.done.set()
+
+    # What one asks of a DHT
+
+    async def find_peer(self, peer_id: str, timeout_s: float = TIMEOUT_S) -> PeerInfo | None:
+        """Where a peer may be reached; None where nobody knows.
+
+        Raises:
+            MalformedError: not a peer id.
+            UnreachableError: no other peer answered.
+        """
+        if peer_id == self._network.peer_id:
+            return self._us()
+        peer_id_bytes(peer_id)
+        result = await self._operate(lambda op_id: ev.FindNode(op_id, peer_id, timeout_s))
+        assert isinstance(result, ev.Nodes)
+        return result.target
+
+    async def get(self, key: bytes, timeout_s: float = TIMEOUT_S) -> list[OpenRecord]:
+        """The records under a key, checked: the newest of each author, newest first.
+
+        Raises:
+            UnreachableError: peers are known, and none answered.
+        """
+        result = await self._operate(lambda op_id: ev.Get(op_id, key, timeout_s))
+        assert isinstance(result, ev.Records)
+        return list(result.records)
+
+    async def put(self, record: common_pb2.Signed, timeout_s: float = TIMEOUT_S) -> int:
+        """Stores a record; returns how many peers took it, us included.
+
+        Raises:
+            LocalError: a record that every peer would refuse.
+            UnreachableError: nobody took it.
+        """
+        opened = self._open(record)
+        result = await self._operate(lambda op_id: ev.Put(op_id, opened, timeout_s))
+        assert isinstance(result, ev.Stored)
+        return result.holders
+
+    def keep(self, key: bytes, make: Callable[[], common_pb2.Signed]) -> None:
+        """Puts the record that `make` makes, and a newer one after each third of its life.
+
+        To put a newer one at once, call this again. Raises what `make` raises this
+        time, and LocalError for a record that every peer would refuse; a later failure
+        of `make` is logged, and tried again soon.
+        """
+        record = self._open(make())
+        if record.key != key:
+            raise LocalError("a record to be kept under another key than its own")
+        self._makers[key] = make
+        self._feed(ev.Keep(record))
+
+    def unkeep(self, key: bytes) -> None:
+        """Lets the record that is kept under a key run out."""
+        self._makers.pop(key, None)
+        self._feed(ev.Unkeep(key))
+
+    async def provide(self, key: bytes, timeout_s: float = TIMEOUT_S) -> int:
+        """Tells the peers nearest to a key that we provide it, from now on until `unprovide`.
+
+        Returns how many were told, us included. Raises UnreachableError: none, so far.
+        """
+        result = await self._operate(lambda op_id: ev.Provide(op_id, key, timeout_s))
+        assert isinstance(result, ev.Stored)
+        return result.holders
+
+    def unprovide(self, key: bytes) -> None:
+        """Says no more that we provide a key; what was said runs out."""
+        self._feed(ev.Unprovide(key))
+
+    async def providers(self, key: bytes, timeout_s: float = TIMEOUT_S) -> list[PeerInfo]:
+        """Who says that it provides a key: unsigned hints, at most 32.
+
+        Raises:
+            UnreachableError: peers are known, and none answered.
+        """
+        result = await self._operate(lambda op_id: ev.FindProviders(op_id, key, timeout_s))
+        assert isinstance(result, ev.Providers)
+        ours = self._us()
+        return [ours if peer.peer_id == ours.peer_id else peer for peer in result.peers]
+
+    # What the node tells it
+
+    def seen(self, peer_id: str, addrs: Sequence[str] = ()) -> None:
+        """A peer is there: a bootstrap peer, a member, a connection.
+
+        It comes into the routing table if it says that it serves our protocol.
+        """
+        self._feed(ev.PeerMoved(peer_id, tuple(addrs)))
+        self._consider(peer_id, tuple(addrs))
+
+    def gone(self, peer_id: str) -> None:
+        """A peer has left or failed."""
+        self._feed(ev.PeerGone(peer_id))
+
+    def stats(self) -> dict[str, int | float | None]:
+        """Counts, for people and for `p2pnet dht stats`."""
+        return self._core.stats() | self._counts
+
+    # Effects
+
+    def _feed(self, event: ev.Event) -> None:
+        for effect in self._core.handle(event, self._now()):
+            match effect:
+                case ev.SendRequest():
+                    self._spawn(self._request, effect)
+                case ev.SendReply(request_id, message):
+                    self._replies[request_id] = message
+                case ev.Refuse(request_id, reason):
+                    self._replies[request_id] = MalformedError(reason)
+                case ev.Forget():
+                    pass  # out of the table; whether its connection is dead is the network's to say
+                case ev.OperationDone(op_id, result):
+                    waiting = self._waiting.get(op_id)
+                    if waiting is not None:
+                        waiting.result = result
+                        waiting.done.set()
+                case ev.Renew(key):
+                    self._spawn(self._renew, key)
+        deadline = self._core.deadline()
+        if deadline is not None and (self._alarm_at is None or deadline < self._alarm_at):
+            self._alarm.set()
+
+    def _spawn(self, task: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        if self._nursery is None:
+            self._early.append((task, arguments))
+        else:
+            self._nursery.start_soon(task, *arguments)
+
+    async def _keep_time(self) -> None:
+        while True:
+            self._alarm = trio.Event()
+            self._alarm_at = self._core.deadline()
+            wait_s = math.inf if self._alarm_at is None else max(0.0, self._alarm_at - self._now())
+            with trio.move_on_after(wait_s):
+                await self._alarm.wait()
+            if self._alarm_at is not None and self._alarm_at <= self._now():
+                self._feed(Tick())
+
+    async def _operate(self, make: Callable[[int], ev.Operation]) -> ev.Result:
+        if self._nursery is None:
+            raise CancelledByUs("the DHT is not running")
+        self._last_id += 1
+        operation = make(self._last_id)
+        waiting = self._waiting[operation.op_id] = _Waiting()
+        try:
+            self._feed(operation)
+            with trio.move_on_after(operation.timeout_s + _GRACE_S):
+                await waiting.done.wait()
+        finally:
+            del self._waiting[operation.op_id]
+        if self._nursery is None:
+            raise CancelledByUs("the DHT is shutting down")
+        if isinstance(waiting.result, ev.Failed):
+            raise UnreachableError(f"the DHT cannot say: {waiting.result.reason}")
+        return waiting.result
+
+    async def _request(self, effect: ev.SendRequest) -> None:
+        peer_id, kind = effect.peer.peer_id, effect.message.kind
+        wants_reply = kind is not Kind.ADD_PROVIDER
+        event: ev.Event
+        self._counts["requests_sent"] += 1
+        try:
+            data = await self._network.request(
+                peer_id,
+                self._protocol,
+                wire.serialise(self._with_us(effect.message)),
+                timeout_s=effect.timeout_s,
+                addrs=effect.peer.addrs,
+                wants_reply=wants_reply,
+            )
+            message = wire.parse(data) if wants_reply else None
+            spoken = await self._network.protocols(peer_id, timeout_s=effect.timeout_s)
+        except RemoteError as error:
+            _log.debug("%s to peer %s: %s", kind.name, peer_id, error)
+            self._counts["requests_failed"] += 1
+            event = ev.RequestFailed(effect.rpc_id)
+        else:
+            holder = RECORD_PROTOCOL in spoken
+            event = ev.ReplyArrived(effect.rpc_id, message, holder, self._wall_ms())
+        self._feed(event)
+
+    async def _serve(self, peer_id: str, data: bytes) -> bytes | None:
+        """Answers a request; None where the protocol has no answer."""
+        if self._nursery is None:
+            raise CancelledByUs("the DHT is shutting down")
+        message = wire.parse(data)
+        self._last_id += 1
+        request_id = self._last_id
+        self._feed(ev.RequestArrived(request_id, peer_id, message, self._wall_ms()))
+        reply = self._replies.pop(request_id)
+        if isinstance(reply, MalformedError):
+            raise reply
+        self._counts["requests_answered"] += 1
+        addrs = [peer.addrs for peer in message.closer[:1] if peer.peer_id == peer_id]
+        self._consider(peer_id, addrs[0] if addrs else ())
+        return None if reply is None else wire.serialise(self._with_us(reply, asks=False))
+
+    async def _renew(self, key: bytes) -> None:
+        make = self._makers.get(key)
+        if make is None:
+            return
+        try:
+            self.keep(key, make)
+        except P2PNetError as error:
+            _log.warning("a record of ours could not be renewed: %s", error)
+
+    def _consider(self, peer_id: str, addrs: tuple[str, ...]) -> None:
+        """Whether a peer that we met may come into the table is for it to say."""
+        if (
+            self._core.wants(peer_id)
+            and peer_id not in self._checking
+            and len(self._checking) < _CHECKS_MAX
+        ):
+            self._checking[peer_id] = None
+            self._spawn(self._check, peer_id, addrs)
+
+    async def _check(self, peer_id: str, addrs: tuple[str, ...]) -> None:
+        try:
+            async with self._check_slots:
+                if peer_id not in self._network.connected():
+                    await self._network.connect(peer_id, addrs, timeout_s=_CHECK_TIMEOUT_S)
+                spoken = await self._network.protocols(peer_id, timeout_s=_CHECK_TIMEOUT_S)
+        except RemoteError as error:
+            _log.debug("peer %s: %s", peer_id, error)
+            return
+        finally:
+            del self._checking[peer_id]
+        if spoken:
+            server, holder = self._protocol in spoken, RECORD_PROTOCOL in spoken
+            self._feed(ev.PeerSeen(peer_id, addrs, server, holder))
+
+    # Ourselves
+
+    def _us(self) -> PeerInfo:
+        return PeerInfo(self._network.peer_id, self._network.addrs()[: wire.ADDRS_MAX])
+
+    def _with_us(self, message: Message, *, asks: bool = True) -> Message:
+        """A message with our present addresses wherever it names us; see `Message.closer`."""
+        ours = self._us()
+        providers = tuple(
+            ours if peer.peer_id == ours.peer_id else peer for peer in message.providers
+        )
+        closer = (ours,) if asks and self._server else message.closer
+        return replace(message, closer=closer, providers=providers)
+
+    def _open(self, signed: common_pb2.Signed) -> OpenRecord:
+        """A record of our own. Raises LocalError for one that peers would refuse."""
+        try:
+            record = parse_canonical(records_pb2.Record, signed.payload, PAYLOAD_BYTES_MAX)
+            return open_record(signed, record.key, self._wall_ms())
+        except RemoteError as error:
+            raise LocalError(f"peers would refuse this record: {error}") from error
