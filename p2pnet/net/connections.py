@@ -35,6 +35,11 @@ class Muxed(Protocol):
         """Who is at the other end."""
         ...
 
+    @property
+    def heard_at(self) -> float:
+        """When the last byte came from there, on trio's clock."""
+        ...
+
     async def run(self) -> None:
         """Carries the streams until the connection ends."""
         ...

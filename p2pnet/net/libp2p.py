@@ -58,11 +58,13 @@ class _Tcp(TrioTCPStream):
 
     def __init__(self, stream: trio.SocketStream) -> None:
         super().__init__(stream)
+        self.heard_at = trio.current_time()
         self._ahead = bytearray()
 
     async def read(self, n: int | None = None) -> bytes:
         if not self._ahead:
             self._ahead += await super().read(_READ_BYTES)
+            self.heard_at = trio.current_time()
         data = bytes(self._ahead[:n])
         del self._ahead[:n]
         return data
@@ -137,12 +139,17 @@ async def _quietly(end: Callable[[], Awaitable[None]]) -> None:
 class _Muxed:
     """A `connections.Muxed` over yamux."""
 
-    def __init__(self, yamux: _Yamux) -> None:
+    def __init__(self, yamux: _Yamux, tcp: _Tcp) -> None:
         self._yamux = yamux
+        self._tcp = tcp
 
     @property
     def peer_id(self) -> str:
         return self._yamux.peer_id.to_base58()
+
+    @property
+    def heard_at(self) -> float:
+        return self._tcp.heard_at
 
     async def run(self) -> None:
         await self._yamux.start()
@@ -177,14 +184,15 @@ class _Upgrader:
         self._muxers.add_handler(TProtocol(YAMUX), _Yamux)
 
     async def __call__(self, tcp: trio.SocketStream, peer_id: str | None) -> _Muxed:
-        raw = RawConnection(_Tcp(tcp), initiator=peer_id is not None)
+        stream = _Tcp(tcp)
+        raw = RawConnection(stream, initiator=peer_id is not None)
         if peer_id is not None:
             secure = await self._security.secure_outbound(raw, ID.from_base58(peer_id))
         else:
             secure = await self._security.secure_inbound(raw)
         await self._muxers.select(secure, peer_id is not None)
         remote = secure.get_remote_peer()
-        return _Muxed(_Yamux(secure, remote, is_initiator=peer_id is not None))
+        return _Muxed(_Yamux(secure, remote, is_initiator=peer_id is not None), stream)
 
 
 class Libp2pNetwork(Swarm):
@@ -247,6 +255,7 @@ async def open_network(
     connections_max: int = 512,
     inbound_connections_max: int = 384,
     inbound_streams_max: int = 1024,
+    silence_s: float = 5.0,
 ) -> AsyncIterator[Libp2pNetwork]:
     """A running network: it serves while the block runs, and is closed at its end.
 
@@ -260,6 +269,8 @@ async def open_network(
             `inbound_connections_max` on, so that we can always dial.
         inbound_connections_max: see there.
         inbound_streams_max: streams that are being served, over all peers.
+        silence_s: a peer that leaves a request unanswered, and of whom not a byte was
+            heard for so long, is disconnected and forgotten.
 
     Raises:
         ResourceError: cannot listen there: the port is taken, or not ours.
@@ -276,6 +287,7 @@ async def open_network(
             connections_max=connections_max,
             inbound_connections_max=inbound_connections_max,
             inbound_streams_max=inbound_streams_max,
+            silence_s=silence_s,
         )
         network.serve_libp2p()
         try:

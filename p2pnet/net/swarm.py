@@ -70,12 +70,14 @@ class Swarm:
         connections_max: int,
         inbound_connections_max: int,
         inbound_streams_max: int,
+        silence_s: float,
     ) -> None:
         self._peer_id = peer_id
         self._upgrade = upgrade
         self._nursery = nursery
         self._inbound_connections_max = inbound_connections_max
         self._inbound_streams_max = inbound_streams_max
+        self._silence_s = silence_s
         self._connections = Connections(connections_max)
         self._handlers: dict[str, StreamHandler] = {}
         self._dialling: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
@@ -166,7 +168,7 @@ class Swarm:
                 connection.asking -= 1
                 connection.used_at = trio.current_time()
                 if begun and not result:
-                    self._connections.forget(connection.peer_id)
+                    self._unanswered(connection)
                 done.set()
 
         self._nursery.start_soon(ask)
@@ -175,7 +177,7 @@ class Swarm:
         who = f"peer {short(connection.peer_id)}"
         if not result:
             if begun:  # else only our own queue was too long
-                self._connections.forget(connection.peer_id)  # also frees a stuck write
+                self._unanswered(connection)
             raise UnreachableError(f"{who} did not answer in time")
         match result[0]:
             case bytes() as reply:
@@ -188,6 +190,17 @@ class Swarm:
                 if not isinstance(error, NotSpokenError):
                     self._connections.offence(connection.peer_id, str(error))
                 raise MalformedError(f"{who}: {error}") from error
+
+    def _unanswered(self, connection: Connection) -> None:
+        """A request got no answer in time: by a peer that is slow, or by one that is gone.
+
+        A slow one keeps its connection: closing it would end everything else that
+        is under way there, and a swarm that is busy would be busier still with
+        handshakes. A silent one is disconnected (which frees a stuck write) and
+        forgotten.
+        """
+        if trio.current_time() - connection.muxed.heard_at >= self._silence_s:
+            self._connections.forget(connection.peer_id)
 
     # Dialling
 

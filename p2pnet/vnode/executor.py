@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 QUEUE_MAX = 1024
+_SWITCH_S = 0.0005
 
 
 class ComputeThread:
@@ -70,13 +72,26 @@ class ComputeThread:
 
     def _call(self, fn: Callable[..., T], args: tuple[Any, ...]) -> T:
         if not self._ready:
-            import torch
-
+            torch = _import_torch()
             torch.set_num_threads(self.threads)
             torch.set_grad_enabled(True)
             self._ready = True
             logger.debug("torch %s computes with %d threads", torch.__version__, self.threads)
         return fn(*args)
+
+
+def _import_torch() -> Any:
+    """Seconds of work during which the node's other threads have to answer its peers.
+
+    So they are let in more often meanwhile than the interpreter's usual 5 ms.
+    """
+    usual_s = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_S)
+    try:
+        import torch
+    finally:
+        sys.setswitchinterval(usual_s)
+    return torch
 
 
 def _nothing() -> None: ...

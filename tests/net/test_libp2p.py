@@ -54,12 +54,13 @@ async def server(keypair: KeyPair = A_KEY, **limits: int) -> AsyncIterator[Libp2
         yield network
 
 
-def run(test: Test) -> None:
+def run(test: Test, *, silence_s: float = 5.0) -> None:
     """Runs `test` with a listening peer, and a client that is connected to it."""
 
     async def main() -> None:
         with trio.fail_after(DEADLINE_S):
-            async with server() as a, open_network(B_KEY, listen=[]) as b:
+            client = open_network(B_KEY, listen=[], silence_s=silence_s)
+            async with server() as a, client as b:
                 await b.connect(a.peer_id, a.addrs(), timeout_s=5)
                 await test(a, b)
 
@@ -363,6 +364,17 @@ def test_a_peer_that_never_answers_is_given_up_and_can_be_reached_again() -> Non
             await b.request(a.peer_id, ECHO, b"", timeout_s=1)  # forgotten
         assert await ask(b, a) == b"hello"
 
+    run(test, silence_s=0.1)
+
+
+def test_a_peer_that_is_slow_with_one_answer_keeps_its_connection() -> None:
+    async def test(a: Libp2pNetwork, b: Libp2pNetwork) -> None:
+        seen = Changes(b)
+        with pytest.raises(UnreachableError, match="in time"):
+            await b.request(a.peer_id, "/silent", b"", timeout_s=0.2)
+        assert await ask(b, a) == b"hello"
+        assert seen.seen == []
+
     run(test)
 
 
@@ -456,7 +468,7 @@ def test_a_stopped_process_holds_up_neither_requests_nor_the_end(
     process, addr = child
 
     async def main() -> None:
-        async with open_network(B_KEY, listen=[]) as b:
+        async with open_network(B_KEY, listen=[], silence_s=0.1) as b:
             await b.connect(A_KEY.peer_id, [addr], timeout_s=5)
             os.kill(process.pid, signal.SIGSTOP)
             # More than the sockets' buffers and the window take: a write blocks.

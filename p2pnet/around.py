@@ -1,0 +1,157 @@
+"""A shell: the p2p network as hosts and orchestrators on the gRPC thread see it.
+
+Implements `vnode.swarm.Swarm`. The view of the members is an immutable snapshot
+that the trio side replaces; only DHT calls cross over to trio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+
+from p2pnet import clock
+from p2pnet.dht.keyspace import vnode_key
+from p2pnet.dht.shell import Dht
+from p2pnet.errors import UnreachableError
+from p2pnet.events import EventBus
+from p2pnet.gossip.events import Member
+from p2pnet.keys import KeyPair, short
+from p2pnet.net.bridge import Bridge
+from p2pnet.net.dialer import Dialer, PeerContact
+from p2pnet.v1 import common_pb2, records_pb2
+from p2pnet.vnode import transfer
+from p2pnet.vnode.swarm import MemberView
+
+ReplyT = TypeVar("ReplyT", bound=Message)
+
+DHT_TIMEOUT_S = 10.0
+_CROSSING_S = 5.0  # on top of a DHT operation's own deadline
+
+
+class Around:
+    """This node's surroundings. `update` is called on trio; all else on the gRPC thread."""
+
+    def __init__(
+        self, keypair: KeyPair, dialer: Dialer, dht: Dht, bridge: Bridge, events: EventBus
+    ) -> None:
+        self._keypair = keypair
+        self._dialer = dialer
+        self._dht = dht
+        self._bridge = bridge
+        self._events = events
+        self._members: tuple[MemberView, ...] = ()
+        self._contacts: Mapping[str, PeerContact] = {}
+
+    def update(self, members: Sequence[Member]) -> None:
+        """Replaces the snapshot; who is gone can no longer be called."""
+        self._contacts = {
+            member.peer_id: PeerContact(
+                member.peer_id, member.advert.grpc_targets, member.advert.grpc_certificate
+            )
+            for member in members
+            if member.state.live
+        }
+        self._members = tuple(_view(member) for member in members)
+
+    @property
+    def keypair(self) -> KeyPair:
+        """See `Swarm`."""
+        return self._keypair
+
+    def now(self) -> float:
+        """See `Swarm`."""
+        return clock.now()
+
+    def members(self) -> Sequence[MemberView]:
+        """See `Swarm`."""
+        return self._members
+
+    async def call(
+        self,
+        peer_id: str,
+        method: str,
+        request: Message,
+        reply_type: type[ReplyT],
+        *,
+        timeout_s: float,
+    ) -> ReplyT:
+        """See `Swarm`."""
+        return await self._dialer.call(
+            self._contact(peer_id), method, request, reply_type, timeout_s=timeout_s
+        )
+
+    async def put_blob(
+        self, peer_id: str, data: bytes, *, network_id: str, timeout_s: float
+    ) -> None:
+        """See `Swarm`."""
+        await transfer.put_blob(
+            self._dialer, self._contact(peer_id), data, network_id=network_id, timeout_s=timeout_s
+        )
+
+    async def get_blob(self, peer_id: str, digest: bytes, *, timeout_s: float) -> bytes:
+        """See `Swarm`."""
+        return await transfer.get_blob(
+            self._dialer, self._contact(peer_id), digest, timeout_s=timeout_s
+        )
+
+    async def find_allocations(
+        self, network_id: str, vnode: str, *, timeout_s: float
+    ) -> Sequence[records_pb2.Allocation]:
+        """See `Swarm`."""
+        key = vnode_key(network_id, vnode)
+        records = await self._on_trio(self._dht.get, key, timeout_s, timeout_s=timeout_s)
+        return [r.content for r in records if isinstance(r.content, records_pb2.Allocation)]
+
+    async def keep_record(self, key: bytes, make: Callable[[], common_pb2.Signed]) -> int:
+        """See `Swarm`."""
+        holders: int = await self._on_trio(self._put, key, make, timeout_s=DHT_TIMEOUT_S)
+        return holders
+
+    async def drop_record(self, key: bytes) -> None:
+        """See `Swarm`."""
+        await self._on_trio(self._unkeep, key, timeout_s=DHT_TIMEOUT_S)
+
+    async def provide(self, key: bytes) -> None:
+        """See `Swarm`."""
+        await self._on_trio(self._dht.provide, key, timeout_s=DHT_TIMEOUT_S)
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """See `Swarm`."""
+        self._events.emit(event, **fields)
+
+    async def _put(self, key: bytes, make: Callable[[], common_pb2.Signed]) -> int:
+        holders = await self._dht.put(make())
+        self._dht.keep(key, make)
+        return holders
+
+    async def _unkeep(self, key: bytes) -> None:
+        self._dht.unkeep(key)
+
+    async def _on_trio(self, async_fn: Callable[..., Any], *args: Any, timeout_s: float) -> Any:
+        try:
+            return await self._bridge.to_trio(async_fn, *args, timeout_s=timeout_s + _CROSSING_S)
+        except TimeoutError:
+            raise UnreachableError("the DHT did not answer in time") from None
+
+    def _contact(self, peer_id: str) -> PeerContact:
+        contact = self._contacts.get(peer_id)
+        if contact is None:
+            raise UnreachableError(f"peer {short(peer_id)} is not among the living members")
+        return contact
+
+
+def _view(member: Member) -> MemberView:
+    lent = member.advert.capabilities
+    return MemberView(
+        peer_id=member.peer_id,
+        alive=member.state.live,
+        hosting=lent.hosting,
+        addrs=member.advert.addrs,
+        cpus=lent.cpus,
+        memory_bytes=lent.memory_bytes,
+        memory_used_bytes=lent.memory_used_bytes,
+        gflops=lent.matmul_gflops,
+        vnodes=lent.vnodes,
+    )

@@ -1,0 +1,97 @@
+"""The verbs that ask: members, whereis, status; and leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from p2pnet.cli.options import client_options, connect, data_dir_option, print_json
+
+
+@click.command()
+@client_options
+def members(data_dir: Path, bootstrap: tuple[str, ...], as_json: bool) -> None:
+    """Show who is here."""
+    with connect(data_dir, bootstrap) as client:
+        rows = client.members()
+    if as_json:
+        print_json(rows)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from p2pnet.units import format_size
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("Peer", "State", "CPUs", "Memory", "Speed", "VNodes", "Address"):
+        table.add_column(column)
+    for row in rows:
+        lent = row["capabilities"]
+        speed = f"{lent['matmul_gflops']:.0f} GFLOP/s" if lent["matmul_gflops"] else ""
+        table.add_row(
+            row["peer_id"],
+            row["state"],
+            f"{lent['cpus']:g}",
+            format_size(lent["memory_bytes"]),
+            speed,
+            str(row["vnodes"]),
+            row["addrs"][0] if row["addrs"] else "",
+        )
+    Console(soft_wrap=True).print(table)
+
+
+@click.command()
+@click.argument("name", metavar="NAME[/VNODE]")
+@client_options
+def whereis(name: str, data_dir: Path, bootstrap: tuple[str, ...], as_json: bool) -> None:
+    """Ask the DHT where a network's VNodes live."""
+    name, _, vnode = name.partition("/")
+    with connect(data_dir, bootstrap) as client:
+        rows = client.network(name).locate(vnode or None)
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        click.echo(
+            f"{row['vnode']:16} {row['peer_id']}  epoch {row['epoch']}, "
+            f"for {row['expires_in_s']:.0f} s"
+        )
+
+
+@click.command()
+@click.argument("name")
+@client_options
+def status(name: str, data_dir: Path, bootstrap: tuple[str, ...], as_json: bool) -> None:
+    """Show how a network is."""
+    from p2pnet.client.describe import status_json
+
+    with connect(data_dir, bootstrap) as client:
+        shown = status_json(client.network(name).status())
+    if as_json:
+        print_json(shown)
+        return
+    click.echo(
+        f"{shown['name']} ({shown['network_id']}) is {shown['state']}: step {shown['step']}, "
+        f"committed {shown['committed_step']}, epoch {shown['epoch']}, "
+        f"orchestrator {shown['orchestrator']}"
+    )
+    if shown["detail"]:
+        click.echo(f"  {shown['detail']}")
+    for vnode in shown["vnodes"]:
+        click.echo(f"  {vnode['vnode']:16} {vnode['peer_id']}  step {vnode['step']}")
+    for move in shown["relocations"]:
+        click.echo(f"  moved: {move['vnode']} to {move['to']}: {move['reason']}")
+
+
+@click.command()
+@data_dir_option
+def leave(data_dir: Path) -> None:
+    """Have the local node move its VNodes away and leave."""
+    from p2pnet.v1 import control_pb2
+
+    with connect(data_dir, ()) as client:
+        client.run(
+            client.session.control("Leave", control_pb2.LeaveRequest(), control_pb2.LeaveReply)
+        )
+    click.echo("The node is leaving.")

@@ -1,0 +1,148 @@
+"""`p2pnet join`: runs a PNode."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import click
+
+from p2pnet.cli.options import Size, data_dir_option, print_json
+from p2pnet.errors import P2PNetError
+
+
+@click.command()
+@click.option(
+    "--bootstrap",
+    multiple=True,
+    metavar="FILE|MULTIADDR",
+    help="Peers to start from; may be given several times. Default: $P2PNET_BOOTSTRAP, then the "
+    "packaged list, and always the peers met before.",
+)
+@click.option(
+    "--listen",
+    multiple=True,
+    metavar="MULTIADDR",
+    default=("/ip4/0.0.0.0/tcp/0",),
+    show_default=True,
+    help="Where to listen; port 0 is any free one.",
+)
+@click.option("--grpc-port", type=click.IntRange(0, 65535), default=0, help="Port for gRPC.")
+@data_dir_option
+@click.option("--memory", type=Size(), help="Memory to lend, such as 4GiB. Default: half.")
+@click.option("--cpus", type=click.FloatRange(0.1), help="CPUs to lend. Default: all.")
+@click.option(
+    "--state",
+    "state_url",
+    default="",
+    metavar="URL",
+    help="Where networks submitted here keep log and states, such as file:///mnt/shared. "
+    "Default: on other peers.",
+)
+@click.option("--kad-protocol", default=None, help="Protocol id of the DHT.")
+@click.option("--faults", is_flag=True, hidden=True, help="Let faults be injected, for tests.")
+@click.option("--until-eof", is_flag=True, hidden=True, help="Stop when standard input ends.")
+@click.option("--json", "as_json", is_flag=True, help="Print events as JSON.")
+def join(
+    bootstrap: tuple[str, ...],
+    listen: tuple[str, ...],
+    grpc_port: int,
+    data_dir: Path,
+    memory: int | None,
+    cpus: float | None,
+    state_url: str,
+    kad_protocol: str | None,
+    faults: bool,
+    until_eof: bool,
+    as_json: bool,
+) -> None:
+    """Make this machine a PNode until Ctrl-C; then leave in good order."""
+    import trio
+
+    from p2pnet.bootstrap import read_all
+    from p2pnet.dht.shell import KAD_PROTOCOL
+    from p2pnet.keys import short
+    from p2pnet.node import NodeConfig, NodeInfo, run_node
+
+    peers = read_all(bootstrap)
+    for problem in peers.problems:
+        click.echo(f"p2pnet: {problem}", err=True)
+    config = NodeConfig(
+        data_dir=data_dir,
+        listen=listen,
+        grpc_port=grpc_port,
+        bootstrap=peers.addrs,
+        cpus=cpus,
+        memory_bytes=memory,
+        kad_protocol=kad_protocol or KAD_PROTOCOL,
+        state_url=state_url,
+        faults=faults,
+    )
+
+    def on_ready(info: NodeInfo) -> None:
+        if as_json:
+            print_json(
+                {
+                    "event": "ready",
+                    "peer_id": info.peer_id,
+                    "addrs": list(info.addrs),
+                    "grpc": info.grpc,
+                    "data_dir": info.data_dir,
+                    "new_network": info.starts_new_network,
+                }
+            )
+            sys.stdout.flush()
+            return
+        click.echo(f"This machine is PNode {info.peer_id} ({short(info.peer_id)}).")
+        if info.starts_new_network:
+            click.echo("There is no peer to start from, so this is the first one of a new network.")
+        click.echo("Others can join with:")
+        for addr in info.addrs:
+            click.echo(f"    p2pnet join --bootstrap {addr}")
+        click.echo("See who is here with `p2pnet members`. Ctrl-C leaves.")
+
+    async def main() -> None:
+        stop = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_stop_at_signal, stop)
+            if until_eof:
+                nursery.start_soon(_stop_at_eof, stop)
+            await run_node(config, on_ready=on_ready, stop=stop)
+            nursery.cancel_scope.cancel()
+
+    async def _stop_at_signal(stop: trio.Event) -> None:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async for number in signals:
+                if stop.is_set():  # asked twice: now
+                    os._exit(128 + number)
+                if not as_json:
+                    click.echo("Leaving… (Ctrl-C again to go at once)")
+                stop.set()
+
+    async def _stop_at_eof(stop: trio.Event) -> None:
+        async with trio.lowlevel.FdStream(os.dup(0)) as stdin:
+            while await stdin.receive_some(1024):
+                pass
+        stop.set()
+
+    try:
+        trio.run(main)
+    except BaseExceptionGroup as group:
+        raise _only(group) from None
+    if as_json:
+        print_json({"event": "left"})
+    else:
+        click.echo("Left.")
+
+
+def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that a person can do something about: ours before any other."""
+    ours = group.subgroup(P2PNetError)
+    error: BaseException = ours if ours is not None else group
+    while isinstance(error, BaseExceptionGroup):
+        logging.getLogger(__name__).debug("the node stopped", exc_info=error)
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,190 @@
+"""The verbs for networks: submit, train, infer, export."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from p2pnet.cli.options import client_options, connect, print_json
+
+
+@click.command()
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--orchestrator", default="", metavar="PEER", help="Peer id of who looks after it.")
+@client_options
+def submit(
+    spec: Path, orchestrator: str, data_dir: Path, bootstrap: tuple[str, ...], as_json: bool
+) -> None:
+    """Submit a network (a YAML spec) and wait until it is placed."""
+    from p2pnet.orchestrator.spec import load_spec
+
+    load_spec(spec)  # what is wrong with it is said before anybody is asked
+    with connect(data_dir, bootstrap) as client:
+        network = client.submit(spec, orchestrator=orchestrator)
+    info = network.info
+    if as_json:
+        print_json(
+            {
+                "network_id": info.network_id,
+                "name": info.name,
+                "vnodes": list(info.vnodes),
+                "orchestrator": info.orchestrator,
+            }
+        )
+    else:
+        click.echo(
+            f"{info.name} ({info.network_id}) is placed: {len(info.vnodes)} VNodes. "
+            f"Train it with `p2pnet train {info.name} --data digits:train`."
+        )
+
+
+@click.command()
+@click.argument("name")
+@click.option("--data", "ref", required=True, help="digits:train, digits:test, or file:///path.npz")
+@click.option("--epochs", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the samples' order.")
+@client_options
+def train(
+    name: str,
+    ref: str,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    data_dir: Path,
+    bootstrap: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Train a network that was submitted."""
+    from p2pnet.data.datasets import batches, open_data
+
+    x, y = open_data(ref)
+    with connect(data_dir, bootstrap) as client:
+        network = client.network(name)
+        progress = _Progress(None if as_json else -(-len(x) // batch_size) * epochs)
+        try:
+            with progress:
+                network.train(
+                    lambda epoch: batches(x, y, batch_size, seed, epoch),
+                    epochs=epochs,
+                    on_step=progress.step,
+                    on_epoch=print_json if as_json else progress.epoch,
+                )
+        except KeyboardInterrupt:
+            network.abandon()
+            raise
+        done = {
+            "event": "done",
+            "steps": network.status().committed_step,
+            "model_digest": network.digest(),
+        }
+        for reason in network.recoveries:
+            if not as_json:
+                click.echo(f"went on after: {reason}")
+    if as_json:
+        print_json(done)
+    else:
+        click.echo(f"Done after step {done['steps']}. Model digest {done['model_digest']}.")
+
+
+@click.command()
+@click.argument("name")
+@click.option(
+    "--input", "source", required=True, type=click.Path(dir_okay=False, path_type=Path),
+    help="A .npy file, samples first.",
+)  # fmt: skip
+@click.option(
+    "--output", required=True, type=click.Path(dir_okay=False, path_type=Path),
+    help="The .npy file to write.",
+)  # fmt: skip
+@client_options
+def infer(
+    name: str,
+    source: Path,
+    output: Path,
+    data_dir: Path,
+    bootstrap: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Run a network forward on a file of samples."""
+    from p2pnet.data.arrays import read_npy, write_npy
+
+    x = read_npy(source)
+    with connect(data_dir, bootstrap) as client:
+        started = time.monotonic()
+        result = client.network(name)(x)
+        seconds = time.monotonic() - started
+    write_npy(output, result)
+    if as_json:
+        print_json({"shape": list(result.shape), "seconds": seconds})
+    else:
+        click.echo(f"{len(result)} samples in {seconds:.2f} s, written to {output}.")
+
+
+@click.command()
+@click.argument("name")
+@click.option(
+    "--output", required=True, type=click.Path(dir_okay=False, path_type=Path),
+    help="The .safetensors file to write.",
+)  # fmt: skip
+@client_options
+def export(
+    name: str, output: Path, data_dir: Path, bootstrap: tuple[str, ...], as_json: bool
+) -> None:
+    """Write a network's weights, as of its last cut, to a file."""
+    from p2pnet.client.weights import write_weights
+    from p2pnet.vnode.state import model_digest
+
+    with connect(data_dir, bootstrap) as client:
+        weights = client.network(name).weights()
+    write_weights(output, weights)
+    digest = model_digest(weights)
+    if as_json:
+        print_json({"tensors": len(weights), "model_digest": digest})
+    else:
+        click.echo(f"{len(weights)} tensors written to {output}. Model digest {digest}.")
+
+
+class _Progress:
+    """A progress bar on standard error, or nothing."""
+
+    def __init__(self, steps: int | None) -> None:
+        self._steps = steps
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> None:
+        if self._steps is None:
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            Remaining(),
+            console=Console(stderr=True),
+        )
+        self._bar.start()
+        self._task = self._bar.add_task("training", total=self._steps)
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, step: int, loss: float) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, description=f"loss {loss:.4f}")
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        accuracy = "" if row["accuracy"] is None else f", accuracy {row['accuracy']:.4f}"
+        self._bar.console.print(
+            f"epoch {row['epoch']}: loss {row['loss']:.4f}{accuracy}, "
+            f"{row['samples_per_s']:.0f} samples/s",
+            highlight=False,
+        )

@@ -1,0 +1,75 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from p2pnet.datadir import default_data_dir
+from p2pnet.errors import UsageError
+from p2pnet.units import parse_size
+
+if TYPE_CHECKING:
+    from p2pnet.client import Client
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Debug:
+    """Whether --debug was given."""
+
+    on = False
+
+
+class Size(click.ParamType[int]):
+    """A size such as 4GiB, as bytes."""
+
+    name = "size"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> int:
+        """See click."""
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except UsageError as error:
+            self.fail(str(error), param, context)
+
+
+def data_dir_option(command: F) -> F:
+    """--data-dir."""
+    return click.option(
+        "--data-dir",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=default_data_dir,
+        show_default="$P2PNET_DATA_DIR or ~/.p2pnet",
+        help="The node's directory.",
+    )(command)
+
+
+def client_options(command: F) -> F:
+    """What every verb that asks a network takes."""
+    command = click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+    command = click.option(
+        "--bootstrap",
+        multiple=True,
+        metavar="FILE|MULTIADDR",
+        help="Ask through these peers instead of a local node.",
+    )(command)
+    return data_dir_option(command)
+
+
+def connect(data_dir: Path, bootstrap: tuple[str, ...]) -> Client:
+    """A client, for a `with`."""
+    from p2pnet.client import Client
+
+    return Client(bootstrap, data_dir=data_dir)
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on one line."""
+    click.echo(json.dumps(value))

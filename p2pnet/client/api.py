@@ -1,0 +1,316 @@
+"""What Python programs use: `Client` and `Network`, without async."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from p2pnet.client import inference, models, weights
+from p2pnet.client.describe import member_json, where_json
+from p2pnet.client.local import control_socket
+from p2pnet.client.run import TrainingRun
+from p2pnet.client.session import NetworkInfo, Session
+from p2pnet.datadir import DataDir, default_data_dir
+from p2pnet.errors import LocalError, UsageError
+from p2pnet.net import identity
+from p2pnet.net.bridge import AsyncioThread
+from p2pnet.v1 import orchestrator_pb2
+from p2pnet.vnode.graph import CompiledGraph
+from p2pnet.vnode.state import model_digest
+from p2pnet.vnode.tensors import Array
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+CALL_TIMEOUT_S = 120.0
+STEP_TIMEOUT_S = 600.0
+
+
+class Client:
+    """A way into a p2p network: through the node that runs here, or with `bootstrap`.
+
+    Args:
+        bootstrap: a file of multiaddrs, or multiaddrs; the client then needs no node.
+        data_dir: of the local node; also holds the key that networks are submitted with.
+
+    Raises:
+        UsageError: no node runs here and no bootstrap is given.
+    """
+
+    def __init__(
+        self,
+        bootstrap: str | Path | Sequence[str] = (),
+        *,
+        data_dir: str | Path | None = None,
+    ) -> None:
+        sources = (str(bootstrap),) if isinstance(bootstrap, (str, Path)) else tuple(bootstrap)
+        self._data_dir = Path(data_dir) if data_dir is not None else default_data_dir()
+        self._stack = ExitStack()
+        try:
+            socket = self._stack.enter_context(control_socket(self._data_dir, sources))
+            self._thread = self._stack.enter_context(AsyncioThread("p2pnet-client-grpc"))
+            self.session = self.run(self._connect(socket))
+            self._stack.callback(lambda: self.run(self.session.close()))
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def close(self) -> None:
+        """Ends every connection."""
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def members(self) -> list[dict[str, Any]]:
+        """Who is here: a dict a member, as `p2pnet members --json` prints them."""
+        return [member_json(row) for row in self.run(self.session.members())]
+
+    def submit(
+        self,
+        model: str | Path | Mapping[str, Any] | nn.Sequential,
+        *,
+        name: str | None = None,
+        loss: str = "CrossEntropyLoss",
+        optimizer: Mapping[str, Any] | None = None,
+        input_shape: Sequence[int] | None = None,
+        seed: int = 0,
+        cut_every: int | None = None,
+        orchestrator: str = "",
+    ) -> Network:
+        """Submits a network and waits until it is placed.
+
+        Args:
+            model: a spec's path, a spec as a dict, or a `torch.nn.Sequential`, whose
+                weights are shipped. What follows but `orchestrator` is for the last.
+            input_shape: of one sample, where the first layer does not tell.
+            orchestrator: the peer id of who is to look after it.
+
+        Raises:
+            SpecError: the network cannot work; says where.
+            UsageError: its name is taken, or the swarm is too small for it.
+        """
+        from p2pnet.orchestrator.spec import load_spec
+
+        states: dict[str, bytes] = {}
+        if isinstance(model, (str, Path)):
+            graph = load_spec(Path(model))
+        elif isinstance(model, Mapping):
+            graph = load_spec(model)
+        else:
+            spec = models.spec_of(
+                model,
+                name=name or type(model).__name__.lower(),
+                loss=loss,
+                optimizer=optimizer or {"type": "Adam", "lr": 1e-3},
+                input_shape=input_shape,
+                seed=seed,
+                cut_every=cut_every,
+            )
+            graph = load_spec(spec)
+            states = models.states_of(model, graph)
+        owner = self._owner()
+        info = self.run(self.session.submit(graph, owner, states, orchestrator))
+        return Network(self, info)
+
+    def network(self, name: str) -> Network:
+        """A network that is there already, by name or id; raises NotFoundError."""
+        return Network(self, self.run(self.session.find(name)))
+
+    def run(self, coro: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        """Runs a coroutine of the session's and waits for it."""
+        return self._thread.run(coro, timeout_s)
+
+    def start(self, coro: Coroutine[Any, Any, None]) -> None:
+        """Begins a coroutine on the session's loop and does not wait."""
+
+        async def begin() -> None:
+            await coro
+
+        self._thread.submit(begin)
+
+    def _owner(self) -> Any:
+        data = DataDir(self._data_dir)
+        data.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return identity.load_or_create(data.path / "owner")
+
+    async def _connect(self, socket: Path) -> Session:
+        return Session(socket)
+
+
+class Network:
+    """A network in the swarm. Made by `Client.submit` and `Client.network`."""
+
+    def __init__(self, client: Client, info: NetworkInfo) -> None:
+        self.info = info
+        self._client = client
+        self._run: TrainingRun | None = None
+        self._graph: CompiledGraph | None = None
+        self.recoveries: list[str] = []
+        """Why the network had to be placed anew while this object trained it."""
+
+    @property
+    def name(self) -> str:
+        """As submitted."""
+        return self.info.name
+
+    def train(
+        self,
+        batches: Iterable[tuple[Any, Any]] | Callable[[int], Iterable[tuple[Any, Any]]],
+        *,
+        epochs: int = 1,
+        on_step: Callable[[int, float], None] | None = None,
+        on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Trains; returns a dict an epoch: epoch, loss, accuracy (or None), samples_per_s.
+
+        Args:
+            batches: of (x, y), arrays or tensors; gone through once an epoch, or,
+                where it is callable, called with the epoch (from 1).
+            on_step: told (step, loss) of each decided step.
+        """
+        history = []
+        for epoch in range(1, epochs + 1):
+            started = time.monotonic()
+            loss = samples = correct = 0.0
+            for x, y in batches(epoch) if callable(batches) else batches:
+                result = self._step(x, y)
+                loss += result.loss * result.samples
+                correct += result.correct
+                samples += result.samples
+                if on_step is not None:
+                    on_step(result.step, result.loss)
+            if not samples:
+                raise UsageError("there is nothing to train on: no batches came")
+            row = {
+                "epoch": epoch,
+                "loss": loss / samples,
+                "accuracy": correct / samples if self.graph.loss.type in _CLASSIFIES else None,
+                "samples_per_s": samples / (time.monotonic() - started),
+            }
+            history.append(row)
+            if on_epoch is not None:
+                on_epoch(row)
+        self.finish()
+        return history
+
+    def train_step(self, x: Any, y: Any) -> float:
+        """One step; returns its loss. It is committed at the next cut, or by `finish`."""
+        return float(self._step(x, y).loss)
+
+    def finish(self) -> int:
+        """Commits what was trained; returns the step. Done by itself before weights are read."""
+        if self._run is None:
+            return 0
+        run, self._run = self._run, None
+        try:
+            done = self._client.run(run.finish(), STEP_TIMEOUT_S)
+        finally:
+            self.recoveries += run.recoveries
+            self._client.run(run.close())
+        return int(done.step)
+
+    def abandon(self) -> None:
+        """Ends a training run as it is; what was decided is still committed."""
+        if self._run is not None:
+            run, self._run = self._run, None
+            self._client.run(run.close())
+
+    def __call__(self, x: Any) -> Any:
+        """The network's output: a Tensor for a Tensor, else an array. Samples first."""
+        self.finish()
+        output = self._client.run(
+            inference.infer(self._client.session, self.info, self.graph, {self._input: _array(x)}),
+            STEP_TIMEOUT_S,
+        )
+        return _like(x, output)
+
+    def locate(self, vnode: str | None = None) -> list[dict[str, Any]]:
+        """Where VNodes live, as the DHT says: all, or one; rows as of `p2pnet whereis --json`."""
+        vnodes = () if vnode is None else (vnode,)
+        rows = self._client.run(self._client.session.where_is(self.info, vnodes))
+        return [where_json(row) for row in rows]
+
+    def status(self) -> orchestrator_pb2.StatusReply:
+        """What the orchestrator says of the network."""
+        reply: orchestrator_pb2.StatusReply = self._client.run(
+            self._client.session.status(self.info)
+        )
+        return reply
+
+    def weights(self) -> dict[str, Array]:
+        """Parameters and buffers of the last cut as numpy arrays, keys VNODE.PARAM."""
+        self.finish()
+        session = self._client.session
+        states = self._client.run(session.cut(self.info))
+        found: dict[str, Array] = self._client.run(
+            weights.fetch_weights(session, self.info, states)
+        )
+        return found
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights under torch's own names, as `load_state_dict` takes them."""
+        import torch
+
+        return {name: torch.from_numpy(array) for name, array in self.weights().items()}
+
+    def digest(self) -> str:
+        """`model_digest` of the weights, hex."""
+        return model_digest(self.weights())
+
+    @property
+    def graph(self) -> CompiledGraph:
+        """The compiled graph."""
+        if self._graph is None:
+            self._graph = CompiledGraph.from_json(self.status().graph)
+        return self._graph
+
+    @property
+    def _input(self) -> str:
+        if len(self.graph.inputs) != 1:
+            raise UsageError(f"network {self.name} has several inputs, which this cannot feed yet")
+        return next(iter(self.graph.inputs))
+
+    def _step(self, x: Any, y: Any) -> Any:
+        inputs, target = {self._input: _array(x)}, _array(y)
+        if self._run is None:
+            self._run = self._client.run(self._begin())
+        try:
+            return self._client.run(self._run.step(inputs, target), STEP_TIMEOUT_S)
+        except LocalError:
+            self._run = None
+            raise
+
+    async def _begin(self) -> TrainingRun:
+        return TrainingRun(self._client.session, self.info)
+
+
+_CLASSIFIES = ("CrossEntropyLoss",)
+
+
+def _array(value: Any) -> Array:
+    if hasattr(value, "detach"):  # a torch.Tensor, without importing torch
+        value = value.detach().cpu().numpy()
+    return np.asarray(value)
+
+
+def _like(given: Any, output: Array) -> Any:
+    if hasattr(given, "detach"):
+        import torch
+
+        return torch.from_numpy(output)
+    return output

@@ -1,0 +1,136 @@
+"""A shell: forward passes from a client. Any part that fails is located anew and tried again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+
+import numpy as np
+
+from p2pnet.client.run import fitted
+from p2pnet.client.session import NetworkInfo, Session
+from p2pnet.errors import NotFoundError, RefusedError, UnreachableError
+from p2pnet.v1 import common_pb2, vnode_pb2
+from p2pnet.vnode.graph import CompiledGraph
+from p2pnet.vnode.tensors import Array, decode, encode
+
+CHUNK_SAMPLES = 256
+CHUNKS_AT_ONCE = 4
+HOP_TIMEOUT_S = 5.0
+OUTPUT_TIMEOUT_S = 15.0
+GIVE_UP_S = 60.0
+RETRY_S = 0.3
+
+
+class _Moved(Exception):
+    """A VNode is not where we thought it was."""
+
+
+async def infer(
+    session: Session, network: NetworkInfo, graph: CompiledGraph, inputs: Mapping[str, Array]
+) -> Array:
+    """The network's output for a batch; samples first.
+
+    Raises:
+        UsageError: inputs of a wrong shape or dtype.
+        RemoteError: the network does not answer for too long.
+    """
+    arrays = {name: fitted(graph, name, array) for name, array in inputs.items()}
+    for name in graph.inputs:
+        if name not in arrays:
+            raise NotFoundError(f"network {graph.name} also needs the input {name!r}")
+    samples = len(next(iter(arrays.values())))
+    if samples == 0:
+        return np.zeros((0, *graph.tensor(graph.output).shape), dtype=np.float32)
+    places = asyncio.Semaphore(CHUNKS_AT_ONCE)
+
+    async def chunk(at: int) -> Array:
+        async with places:
+            part = {name: array[at : at + CHUNK_SAMPLES] for name, array in arrays.items()}
+            return await _until_done(session, network, graph, part)
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(chunk(at)) for at in range(0, samples, CHUNK_SAMPLES)]
+    return np.concatenate([task.result() for task in tasks])
+
+
+async def _until_done(
+    session: Session, network: NetworkInfo, graph: CompiledGraph, inputs: Mapping[str, Array]
+) -> Array:
+    loop = asyncio.get_running_loop()
+    give_up_at = loop.time() + GIVE_UP_S
+    while True:
+        try:
+            return await _once(session, network, graph, inputs)
+        except (_Moved, UnreachableError, NotFoundError) as error:
+            if loop.time() > give_up_at:
+                raise UnreachableError(
+                    f"network {graph.name} gave no answer for {GIVE_UP_S:g} s: {error}"
+                ) from error
+        await asyncio.sleep(RETRY_S)
+
+
+async def _once(
+    session: Session, network: NetworkInfo, graph: CompiledGraph, inputs: Mapping[str, Array]
+) -> Array:
+    rows = {row.vnode: row for row in await session.where_is(network)}
+    request_id = os.urandom(16)
+
+    def place(vnode: str) -> tuple[str, int]:
+        if vnode not in rows:
+            raise _Moved(f"the DHT does not say where {vnode} lives")
+        return rows[vnode].peer_id, rows[vnode].epoch
+
+    async def feed(name: str, vnode: str, slot: int) -> None:
+        if vnode == graph.loss.id:
+            return
+        host, epoch = place(vnode)
+        request = vnode_pb2.ForwardRequest(
+            network_id=network.network_id,
+            epoch=epoch,
+            request_id=request_id,
+            vnode=vnode,
+            source=name,
+            slot=slot,
+            tensor=encode(inputs[name]),
+        )
+        reply = await session.call(
+            host, "VNode/Forward", request, vnode_pb2.HopReply, timeout_s=HOP_TIMEOUT_S
+        )
+        _check(reply)
+
+    host, epoch = place(graph.output)
+    request = vnode_pb2.CollectRequest(
+        network_id=network.network_id, epoch=epoch, request_id=request_id, vnode=graph.output
+    )
+    collecting = asyncio.ensure_future(
+        session.call(
+            host,
+            "VNode/Collect",
+            request,
+            vnode_pb2.CollectReply,
+            timeout_s=OUTPUT_TIMEOUT_S,
+        )
+    )
+    try:
+        edges = [(name, *end) for name in inputs for end in graph.consumers(name)]
+        await asyncio.gather(*(feed(*edge) for edge in edges))
+        output = await collecting
+    finally:
+        collecting.cancel()
+        await asyncio.gather(collecting, return_exceptions=True)
+    _check(output)
+    return decode(output.tensor)
+
+
+def _check(reply: vnode_pb2.HopReply | vnode_pb2.CollectReply) -> None:
+    if not reply.HasField("refusal"):
+        return
+    refusal = reply.refusal
+    if refusal.code in (
+        common_pb2.REFUSAL_CODE_BAD_REQUEST,
+        common_pb2.REFUSAL_CODE_NOT_GRANTED,
+    ):
+        raise RefusedError(refusal.detail, code=refusal.code)
+    raise _Moved(refusal.detail)

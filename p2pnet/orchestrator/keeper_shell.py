@@ -1,0 +1,113 @@
+"""A shell: this node's part in the logs of networks, on disk before any answer leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from p2pnet import clock
+from p2pnet.errors import LocalError, ResourceError
+from p2pnet.net.handlers import Caller, Method, unary
+from p2pnet.orchestrator.keeper import Accept, Event, Keeper, Learn, Persist, Prepare, Read, Reply
+from p2pnet.v1 import log_pb2
+
+_FILE_BYTES_MAX = 8 << 20
+
+
+class KeeperService:
+    """The service `Keeper`. Lives on the gRPC thread; one request at a time, as the core wants.
+
+    Files: `<dir>/<network id>/<slot>`, each written whole and synced.
+    """
+
+    def __init__(self, me: str, directory: Path) -> None:
+        """Reads what was kept before.
+
+        Raises:
+            LocalError: a file is damaged, and which; nothing is thrown away.
+        """
+        self._directory = directory
+        self._core = Keeper.load(me, _read_all(directory))
+        self._one_at_a_time = asyncio.Lock()
+        self._broken = ""
+
+    def services(self) -> dict[str, Mapping[str, Method]]:
+        """What gRPC serves."""
+        return {
+            "Keeper": {
+                "Prepare": unary(self._prepare, log_pb2.PrepareRequest, log_pb2.PrepareReply),
+                "Accept": unary(self._accept, log_pb2.AcceptRequest, log_pb2.AcceptReply),
+                "Learn": unary(self._learn, log_pb2.LearnRequest, log_pb2.LearnReply),
+                "ReadLog": unary(self._read, log_pb2.ReadLogRequest, log_pb2.ReadLogReply),
+            }
+        }
+
+    async def _prepare(
+        self, request: log_pb2.PrepareRequest, caller: Caller
+    ) -> log_pb2.PrepareReply:
+        reply = await self._answer(Prepare(caller.peer_id, request))
+        assert isinstance(reply, log_pb2.PrepareReply)
+        return reply
+
+    async def _accept(self, request: log_pb2.AcceptRequest, caller: Caller) -> log_pb2.AcceptReply:
+        reply = await self._answer(Accept(caller.peer_id, request))
+        assert isinstance(reply, log_pb2.AcceptReply)
+        return reply
+
+    async def _learn(self, request: log_pb2.LearnRequest, caller: Caller) -> log_pb2.LearnReply:
+        reply = await self._answer(Learn(caller.peer_id, request))
+        assert isinstance(reply, log_pb2.LearnReply)
+        return reply
+
+    async def _read(self, request: log_pb2.ReadLogRequest, caller: Caller) -> log_pb2.ReadLogReply:
+        reply = await self._answer(Read(request))
+        assert isinstance(reply, log_pb2.ReadLogReply)
+        return reply
+
+    async def _answer(self, event: Event) -> object:
+        async with self._one_at_a_time:
+            if self._broken:  # the core has promised what the disk does not know
+                raise ResourceError(self._broken)
+            reply: object = None
+            for effect in self._core.handle(event, clock.now()):
+                if isinstance(effect, Persist):
+                    try:
+                        await asyncio.to_thread(self._write, effect)
+                    except OSError as error:
+                        self._broken = f"this keeper cannot write: {error.strerror}"
+                        raise ResourceError(self._broken) from error
+                elif isinstance(effect, Reply):
+                    reply = effect.message
+            return reply
+
+    def _write(self, effect: Persist) -> None:
+        folder = self._directory / effect.network_id
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{effect.slot}"
+        with temporary.open("wb") as file:
+            file.write(effect.data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / str(effect.slot))
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _read_all(directory: Path) -> dict[tuple[str, int], bytes]:
+    records: dict[tuple[str, int], bytes] = {}
+    if not directory.is_dir():
+        return records
+    for folder in sorted(directory.iterdir()):
+        for file in sorted(folder.iterdir()):
+            if file.name.startswith("."):
+                file.unlink()  # was being written when the node died; never answered for
+            elif not file.name.isdigit() or file.stat().st_size > _FILE_BYTES_MAX:
+                raise LocalError(f"{file} does not belong there: take it away")
+            else:
+                records[folder.name, int(file.name)] = file.read_bytes()
+    return records

@@ -1,0 +1,167 @@
+"""A shell: states of VNodes as blobs, here and on other peers (DESIGN D12).
+
+A state is stored here and copied to other PNodes before a commit names it; one
+that is needed is taken from here, or from whichever holder still lives. With
+`--state URL` it is stored there instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+
+from p2pnet.data.blobs import BlobStore, open_state
+from p2pnet.errors import NotFoundError, RemoteError, ResourceError, UnreachableError
+from p2pnet.keys import sha256, short
+from p2pnet.net.handlers import Caller, Method, client_stream, server_stream, unary
+from p2pnet.v1 import common_pb2, vnode_pb2
+from p2pnet.vnode.network import refusal
+from p2pnet.vnode.swarm import Swarm
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES = 512 << 10  # measured best between 256 KiB and 1 MiB
+BLOB_BYTES_MAX = 4 << 30
+BLOBS_BYTES_MAX = 64 << 30  # on this disk, and in a shared directory
+TRANSFER_TIMEOUT_S = 20.0
+# A blob that no commit names yet may be about to be named.
+UNNAMED_KEPT_S = 60.0
+
+
+class BlobKeeper:
+    """The blobs of this node. Lives on the gRPC thread; files are touched in worker threads."""
+
+    def __init__(self, store: BlobStore, swarm: Swarm) -> None:
+        self._store = store
+        self._swarm = swarm
+        self._put_at: dict[str, dict[bytes, float]] = {}  # by network
+
+    def services(self) -> dict[str, Mapping[str, Method]]:
+        """What gRPC serves."""
+        return {
+            "Blob": {
+                "Put": client_stream(
+                    self._put, vnode_pb2.BlobChunk, vnode_pb2.BlobPutReply, timeout_s=300
+                ),
+                "Get": server_stream(
+                    self._get, vnode_pb2.BlobGetRequest, vnode_pb2.BlobChunk, timeout_s=300
+                ),
+                "Retain": unary(self._retain, vnode_pb2.RetainRequest, vnode_pb2.RetainReply),
+            }
+        }
+
+    async def store(
+        self, data: bytes, network_id: str, copy_to: Sequence[str], state_url: str
+    ) -> common_pb2.BlobRef:
+        """Stores a state here and at `copy_to`; the reference names who has it now.
+
+        Raises:
+            ResourceError: it could not be stored at all.
+        """
+        digest = sha256(data)
+        ref = common_pb2.BlobRef(digest=digest, size_bytes=len(data))
+        if state_url:
+            await asyncio.to_thread(open_state(state_url, BLOBS_BYTES_MAX).put, data)
+            return ref
+        await self._keep(network_id, data)
+        ref.holders.append(self._swarm.keypair.peer_id)
+
+        async def copy(peer_id: str) -> None:
+            await self._swarm.put_blob(
+                peer_id, data, network_id=network_id, timeout_s=TRANSFER_TIMEOUT_S
+            )
+
+        results = await asyncio.gather(*map(copy, copy_to), return_exceptions=True)
+        for peer_id, result in zip(copy_to, results, strict=True):
+            if result is None:
+                ref.holders.append(peer_id)
+            elif isinstance(result, RemoteError):
+                logger.info("no copy of a state on %s: %s", short(peer_id), result)
+            else:
+                raise result
+        if copy_to and len(ref.holders) == 1:
+            raise ResourceError("no other peer took a copy of the state")
+        return ref
+
+    async def fetch(self, ref: common_pb2.BlobRef, network_id: str, state_url: str) -> bytes:
+        """A state, from here or from a holder.
+
+        Raises:
+            UnreachableError: nobody has it.
+        """
+        if state_url:
+            return await asyncio.to_thread(
+                open_state(state_url, BLOBS_BYTES_MAX).get, ref.digest.hex()
+            )
+        try:
+            return await asyncio.to_thread(self._store.get, ref.digest.hex())
+        except (NotFoundError, ResourceError):
+            pass
+        for holder in ref.holders:
+            if holder == self._swarm.keypair.peer_id:
+                continue
+            try:
+                data = await self._swarm.get_blob(holder, ref.digest, timeout_s=TRANSFER_TIMEOUT_S)
+            except RemoteError as error:
+                logger.info("a state is not to be had from %s: %s", short(holder), error)
+                continue
+            try:
+                await self._keep(network_id, data)
+            except ResourceError as error:  # a full disk does not stop the VNode
+                logger.warning("a state could not be kept: %s", error)
+            return data
+        raise UnreachableError(f"none of the {len(ref.holders)} peers that held a state has it")
+
+    async def _keep(self, network_id: str, data: bytes) -> None:
+        digest = await asyncio.to_thread(self._store.put, data)
+        self._put_at.setdefault(network_id, {})[bytes.fromhex(digest)] = self._swarm.now()
+
+    async def _put(
+        self, chunks: AsyncIterator[vnode_pb2.BlobChunk], caller: Caller
+    ) -> vnode_pb2.BlobPutReply:
+        data, first = bytearray(), None
+        async for chunk in chunks:
+            first = first or chunk
+            data += chunk.data
+            if first.size_bytes > BLOB_BYTES_MAX or len(data) > first.size_bytes:
+                return _no(common_pb2.REFUSAL_CODE_BAD_REQUEST, "more bytes than were announced")
+        if first is None or sha256(bytes(data)) != first.digest:
+            return _no(common_pb2.REFUSAL_CODE_BAD_REQUEST, "not the bytes that the digest names")
+        try:
+            await self._keep(first.network_id, bytes(data))
+        except ResourceError as error:
+            return _no(common_pb2.REFUSAL_CODE_NO_MEMORY, str(error))
+        return vnode_pb2.BlobPutReply()
+
+    async def _get(
+        self, request: vnode_pb2.BlobGetRequest, caller: Caller
+    ) -> AsyncGenerator[vnode_pb2.BlobChunk, None]:
+        data = await asyncio.to_thread(self._store.get, request.digest.hex())
+        for chunk in chunks_of(data, ""):
+            yield chunk
+
+    async def _retain(
+        self, request: vnode_pb2.RetainRequest, caller: Caller
+    ) -> vnode_pb2.RetainReply:
+        keep = set(request.digests)
+        before = self._swarm.now() - UNNAMED_KEPT_S
+        known = self._put_at.get(request.network_id, {})
+        gone = [digest for digest, at in known.items() if digest not in keep and at < before]
+        for digest in gone:
+            del known[digest]
+            await asyncio.to_thread(self._store.drop, digest.hex())
+        return vnode_pb2.RetainReply()
+
+
+def chunks_of(data: bytes, network_id: str) -> list[vnode_pb2.BlobChunk]:
+    """A blob cut up for the wire; the first chunk says what it is."""
+    parts = [data[at : at + CHUNK_BYTES] for at in range(0, len(data), CHUNK_BYTES)] or [b""]
+    chunks = [vnode_pb2.BlobChunk(data=part) for part in parts]
+    chunks[0].digest, chunks[0].size_bytes = sha256(data), len(data)
+    chunks[0].network_id = network_id
+    return chunks
+
+
+def _no(code: common_pb2.RefusalCode, detail: str) -> vnode_pb2.BlobPutReply:
+    return vnode_pb2.BlobPutReply(refusal=refusal(code, detail))

@@ -1,0 +1,119 @@
+"""A shell: carries a message to a VNode, wherever that lives now.
+
+Where it lives is in a cache (filled by the orchestrator's hints); what the cache
+lacks, or turns out to have wrong, is asked of the DHT.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from p2pnet.errors import RefusedError, RemoteError, UnreachableError
+from p2pnet.keys import short
+from p2pnet.v1 import common_pb2, vnode_pb2
+from p2pnet.vnode.network import HostedNetwork
+from p2pnet.vnode.swarm import Swarm
+
+logger = logging.getLogger(__name__)
+
+HOP_TIMEOUT_S = 5.0
+LOOKUP_TIMEOUT_S = 3.0
+_TRIES = 4
+_BUSY_PAUSE_S = 0.02
+
+Hop = vnode_pb2.TrainRequest | vnode_pb2.ForwardRequest
+
+
+class EpochOver(Exception):
+    """The network has moved on to a newer epoch: what was to be sent is of no use."""
+
+
+class HopFailed(Exception):
+    """The message did not arrive; `host` is who could not be reached, "" if nobody is known."""
+
+    def __init__(self, host: str, reason: str) -> None:
+        super().__init__(reason)
+        self.host = host
+
+
+class Courier:
+    """Sends messages between VNodes. Lives on the gRPC thread."""
+
+    def __init__(self, swarm: Swarm) -> None:
+        self._swarm = swarm
+
+    async def send(
+        self,
+        net: HostedNetwork,
+        method: str,
+        request: Hop,
+        here: Callable[[], Awaitable[common_pb2.Refusal | None]],
+    ) -> None:
+        """Delivers `request` to its VNode; `here` does so if it turns out to live on this host.
+
+        Raises:
+            HopFailed: it could not be delivered.
+            EpochOver: the network has moved on.
+        """
+        vnode = request.vnode
+        for attempt in range(_TRIES):
+            host = net.locations.get(vnode) or await self.locate(net, vnode)
+            if host == self._swarm.keypair.peer_id:
+                refusal = await here()
+            else:
+                refusal = await self._call(host, method, request)
+            if refusal is None:
+                return
+            if refusal.code in (
+                common_pb2.REFUSAL_CODE_STALE_EPOCH,
+                common_pb2.REFUSAL_CODE_UNKNOWN_EPOCH,
+            ):
+                # Newer than ours: we are behind. Older: that host hears of ours in a moment,
+                # or was left out of it.
+                if refusal.epoch > net.epoch:
+                    raise EpochOver
+                net.locations.pop(vnode, None)
+                await asyncio.sleep(_BUSY_PAUSE_S * 2**attempt)
+            elif refusal.code == common_pb2.REFUSAL_CODE_NOT_HOSTED:
+                net.locations.pop(vnode, None)
+                if refusal.host and refusal.epoch >= net.epoch:
+                    net.locations[vnode] = refusal.host
+            elif refusal.code == common_pb2.REFUSAL_CODE_BUSY:
+                await asyncio.sleep(_BUSY_PAUSE_S * 2**attempt)
+            else:
+                raise HopFailed(host, refusal.detail)
+        raise HopFailed(net.locations.get(vnode, ""), f"{vnode} is not to be found")
+
+    async def locate(self, net: HostedNetwork, vnode: str) -> str:
+        """The host of a VNode, as the DHT says; cached from then on.
+
+        Raises:
+            HopFailed: the DHT does not know, or not for this epoch.
+            EpochOver: it knows of a newer epoch.
+        """
+        try:
+            found = await self._swarm.find_allocations(
+                net.network_id, vnode, timeout_s=LOOKUP_TIMEOUT_S
+            )
+        except RemoteError as error:
+            raise HopFailed("", f"where {vnode} lives could not be asked: {error}") from None
+        if found and found[0].epoch > net.epoch:
+            raise EpochOver
+        for allocation in found:
+            if allocation.epoch == net.epoch and allocation.claimant == net.claimant:
+                logger.debug("%s lives on %s, says the DHT", vnode, short(allocation.host))
+                self._swarm.emit("located", vnode=vnode, host=allocation.host)
+                net.locations[vnode] = allocation.host
+                return str(allocation.host)
+        raise HopFailed("", f"the DHT does not know where {vnode} lives")
+
+    async def _call(self, host: str, method: str, request: Hop) -> common_pb2.Refusal | None:
+        try:
+            reply = await self._swarm.call(
+                host, method, request, vnode_pb2.HopReply, timeout_s=HOP_TIMEOUT_S
+            )
+        except (UnreachableError, RefusedError) as error:
+            raise HopFailed(host, str(error)) from None
+        return reply.refusal if reply.HasField("refusal") else None

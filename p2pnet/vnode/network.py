@@ -1,0 +1,34 @@
+"""What a host knows of one network that it has VNodes of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from p2pnet.v1 import common_pb2
+from p2pnet.vnode.graph import CompiledGraph
+
+
+@dataclass(slots=True)
+class HostedNetwork:
+    """One network under one epoch. Times by the node's clock, in seconds.
+
+    `locations` maps a VNode to its host's peer id: a cache, which may be emptied
+    at any time, because the DHT knows.
+    """
+
+    network_id: str
+    graph: CompiledGraph
+    manifest: common_pb2.Signed
+    epoch: int
+    claimant: str  # the orchestrator's peer id
+    lease_until: float
+    base_step: int  # the cut that the epoch starts from
+    state_url: str
+    locations: dict[str, str] = field(default_factory=dict)
+
+
+def refusal(
+    code: common_pb2.RefusalCode | str, detail: str, *, epoch: int = 0, host: str = ""
+) -> common_pb2.Refusal:
+    """A refusal, for a reply; the code may also be the name of one."""
+    return common_pb2.Refusal(code=code, detail=detail, epoch=epoch, host=host)
