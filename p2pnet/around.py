@@ -14,9 +14,11 @@ from google.protobuf.message import Message
 from p2pnet import clock
 from p2pnet.dht.keyspace import vnode_key
 from p2pnet.dht.shell import Dht
-from p2pnet.errors import UnreachableError
+from p2pnet.errors import ForgedError, UnreachableError
 from p2pnet.events import EventBus
 from p2pnet.gossip.events import Member
+from p2pnet.gossip.shell import Gossip
+from p2pnet.gossip.statements import open_advert
 from p2pnet.keys import KeyPair, short
 from p2pnet.net.bridge import Bridge
 from p2pnet.net.dialer import Dialer, PeerContact
@@ -34,15 +36,23 @@ class Around:
     """This node's surroundings. `update` is called on trio; all else on the gRPC thread."""
 
     def __init__(
-        self, keypair: KeyPair, dialer: Dialer, dht: Dht, bridge: Bridge, events: EventBus
+        self,
+        keypair: KeyPair,
+        dialer: Dialer,
+        dht: Dht,
+        gossip: Callable[[], Gossip],
+        bridge: Bridge,
+        events: EventBus,
     ) -> None:
         self._keypair = keypair
         self._dialer = dialer
         self._dht = dht
+        self._gossip = gossip
         self._bridge = bridge
         self._events = events
         self._members: tuple[MemberView, ...] = ()
         self._contacts: Mapping[str, PeerContact] = {}
+        self._advert: common_pb2.Signed | None = None
 
     def update(self, members: Sequence[Member]) -> None:
         """Replaces the snapshot; who is gone can no longer be called."""
@@ -54,6 +64,8 @@ class Around:
             if member.state.live
         }
         self._members = tuple(_view(member) for member in members)
+        us = (m.advert.signed for m in members if m.peer_id == self._keypair.peer_id)
+        self._advert = next(us, None)
 
     @property
     def keypair(self) -> KeyPair:
@@ -63,6 +75,16 @@ class Around:
     def now(self) -> float:
         """See `Swarm`."""
         return clock.now()
+
+    def advert(self) -> common_pb2.Signed | None:
+        """See `Swarm`."""
+        return self._advert
+
+    async def introduce(self, peer_id: str, advert: common_pb2.Signed) -> None:
+        """See `Swarm`."""
+        if open_advert(advert).peer_id != peer_id:
+            raise ForgedError("an advert that is somebody else's")
+        await self._on_trio(self._gossip().hear, peer_id, advert, timeout_s=DHT_TIMEOUT_S)
 
     def members(self) -> Sequence[MemberView]:
         """See `Swarm`."""

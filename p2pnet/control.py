@@ -56,6 +56,7 @@ class Control:
     progress: Progress
     settled: Callable[[], trio.Event]
     refresh: Callable[[], None]  # tells the DHT again who is here
+    lost: Callable[[], bool]  # a client that has found nobody
     leave: Callable[[], None]
 
     def services(self) -> dict[str, Mapping[str, Method]]:
@@ -152,6 +153,11 @@ class Control:
     async def _get(self, key: bytes) -> list[OpenRecord]:
         with trio.move_on_after(SETTLE_S_MAX):
             await self.settled().wait()
+        if self.lost():
+            raise UnreachableError(
+                f"none of the {self.progress.wanted} bootstrap peers can be reached: check the "
+                "list, and that the network is up"
+            )
         for _ in range(TRIES - 1):
             try:
                 return await self.dht.get(key, DHT_TIMEOUT_S)

@@ -81,3 +81,13 @@ class VersionError(RefusedError):
 
 class UnreachableError(RemoteError):
     """No connection, no answer, or not in time."""
+
+
+def root_of(error: BaseException) -> BaseException:
+    """Of a group of errors the one that a person can do something about: ours before others."""
+    if isinstance(error, BaseExceptionGroup):
+        ours = error.subgroup(P2PNetError)
+        error = error if ours is None else ours
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -150,7 +150,7 @@ async def run_node(
         rng = random.Random(keypair.peer_id)
         dht = Dht(network, rng=rng, server=not config.client, protocol=config.kad_protocol)
         dialer = TcpDialer(keypair)
-        around = Around(keypair, dialer, dht, bridge, events)
+        around = Around(keypair, dialer, dht, lambda: gossip, bridge, events)
         compute = ComputeThread(threads=1)
         stack.callback(compute.close)
         faults = Faults(config.faults, events.emit)
@@ -162,6 +162,7 @@ async def run_node(
             faults,
             memory_bytes=capabilities.memory_bytes,
             hosting=not config.client,
+            state_url=config.state_url,
         )
         orchestrator = Orchestrator(around, config.state_url)
         keeper = KeeperService(keypair.peer_id, data.path / "keeper")
@@ -222,6 +223,7 @@ async def run_node(
             progress=parts.progress,
             settled=lambda: parts.tried,
             refresh=lambda: _refresh(parts),
+            lost=lambda: config.client and not any(m.state.live for m in gossip.members()),
             leave=leave,
         )
 
@@ -332,7 +334,7 @@ async def _join_through(parts: _Parts, addr: str) -> bool:
     except RemoteError as error:
         logger.info("bootstrap peer %s: %s", addr, error)
         return False
-    parts.dht.seen(peer_id, (parse(addr).where,))
+    await parts.dht.meet(peer_id, (parse(addr).where,))
     parts.progress.reached += 1
     return True
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from p2pnet.cli.options import Size, data_dir_option, print_json
-from p2pnet.errors import P2PNetError
+from p2pnet.errors import root_of
 
 
 @click.command()
@@ -131,18 +131,9 @@ def join(
     try:
         trio.run(main)
     except BaseExceptionGroup as group:
-        raise _only(group) from None
+        logging.getLogger(__name__).debug("the node stopped", exc_info=group)
+        raise root_of(group) from None
     if as_json:
         print_json({"event": "left"})
     else:
         click.echo("Left.")
-
-
-def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error that a person can do something about: ours before any other."""
-    ours = group.subgroup(P2PNetError)
-    error: BaseException = ours if ours is not None else group
-    while isinstance(error, BaseExceptionGroup):
-        logging.getLogger(__name__).debug("the node stopped", exc_info=error)
-        error = error.exceptions[0]
-    return error

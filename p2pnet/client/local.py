@@ -14,7 +14,7 @@ from pathlib import Path
 
 from p2pnet.bootstrap import read_all
 from p2pnet.datadir import DataDir
-from p2pnet.errors import LocalError, UsageError
+from p2pnet.errors import LocalError, UsageError, root_of
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 10.0
@@ -75,7 +75,7 @@ def _node_of_our_own(data_dir: Path, addrs: tuple[str, ...]) -> Iterator[Path]:
     thread.start()
     try:
         if not ready.wait(START_TIMEOUT_S) or not found:
-            reason = str(failed[0]) if failed else f"not within {START_TIMEOUT_S:g} s"
+            reason = str(root_of(failed[0])) if failed else f"not within {START_TIMEOUT_S:g} s"
             raise LocalError(f"the client could not start: {reason}")
         yield found[0].socket
     finally:

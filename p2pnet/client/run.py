@@ -108,7 +108,7 @@ class TrainingRun:
         """Commits what was trained and ends the run."""
         await self.start()
         self._ending = True
-        self._commands.put_nowait(pb.TrainCommand(end=pb.TrainEnd()))
+        self._say_end()
         await self._or_failure(self._done)
         await self.close()
         return self._done.result()
@@ -170,6 +170,8 @@ class TrainingRun:
                 while True:
                     await stream.write(await self._commands.get())
 
+            if self._ending:
+                self._say_end()  # to an orchestrator that has not heard it
             sender = asyncio.ensure_future(send())
             try:
                 while (event := await self._next(stream)) is not None:
@@ -281,6 +283,9 @@ class TrainingRun:
             return
         if reply.HasField("refusal"):
             self._complain(host, f"{vnode} refuses a batch: {reply.refusal.detail}")
+
+    def _say_end(self) -> None:
+        self._commands.put_nowait(pb.TrainCommand(end=pb.TrainEnd(last_step=self._last)))
 
     def _complain(self, host: str, reason: str) -> None:
         failed = pb.TrainFailed(epoch=self._epoch, step=self._decided + 1, host=host, reason=reason)

@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -35,6 +35,9 @@ from p2pnet.keys import peer_id_bytes
 from p2pnet.net.network import Network, PeerInfo
 from p2pnet.v1 import common_pb2, records_pb2
 
+if TYPE_CHECKING:
+    from trio_typing import TaskStatus  # libp2p installs trio-stubs, which hides trio's own
+
 KAD_PROTOCOL = "/p2pnet/kad/1.0.0"
 # Announced by peers that keep records; stock peers of the same DHT only route.
 RECORD_PROTOCOL = "/p2pnet/record/1"
@@ -45,14 +48,6 @@ _CHECKS_MAX = 256
 _GRACE_S = 2.0
 
 _log = logging.getLogger(__name__)
-
-
-class Started(Protocol):
-    """What `nursery.start` hands to a task."""
-
-    def started(self) -> None:
-        """The task is up."""
-        ...
 
 
 @dataclass(slots=True)
@@ -94,11 +89,11 @@ class Dht:
         self._waiting: dict[int, _Waiting] = {}
         self._replies: dict[int, Message | MalformedError | None] = {}
         self._makers: dict[bytes, Callable[[], common_pb2.Signed]] = {}
-        self._checking: dict[str, None] = {}
+        self._checking: dict[str, trio.Event] = {}
         self._check_slots = trio.CapacityLimiter(_CHECKS_AT_ONCE)
         self._counts = {"requests_sent": 0, "requests_failed": 0, "requests_answered": 0}
 
-    async def run(self, *, task_status: Started = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Takes part until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
@@ -205,6 +200,12 @@ class Dht:
         """
         self._feed(ev.PeerMoved(peer_id, tuple(addrs)))
         self._consider(peer_id, tuple(addrs))
+
+    async def meet(self, peer_id: str, addrs: Sequence[str] = ()) -> None:
+        """As `seen`, and returns when it is known whether the peer comes into the table."""
+        self.seen(peer_id, addrs)
+        if (checked := self._checking.get(peer_id)) is not None:
+            await checked.wait()
 
     def gone(self, peer_id: str) -> None:
         """A peer has left or failed."""
@@ -329,7 +330,7 @@ class Dht:
             and peer_id not in self._checking
             and len(self._checking) < _CHECKS_MAX
         ):
-            self._checking[peer_id] = None
+            self._checking[peer_id] = trio.Event()
             self._spawn(self._check, peer_id, addrs)
 
     async def _check(self, peer_id: str, addrs: tuple[str, ...]) -> None:
@@ -338,14 +339,13 @@ class Dht:
                 if peer_id not in self._network.connected():
                     await self._network.connect(peer_id, addrs, timeout_s=_CHECK_TIMEOUT_S)
                 spoken = await self._network.protocols(peer_id, timeout_s=_CHECK_TIMEOUT_S)
+            if spoken:
+                server, holder = self._protocol in spoken, RECORD_PROTOCOL in spoken
+                self._feed(ev.PeerSeen(peer_id, addrs, server, holder))
         except RemoteError as error:
             _log.debug("peer %s: %s", peer_id, error)
-            return
         finally:
-            del self._checking[peer_id]
-        if spoken:
-            server, holder = self._protocol in spoken, RECORD_PROTOCOL in spoken
-            self._feed(ev.PeerSeen(peer_id, addrs, server, holder))
+            self._checking.pop(peer_id).set()
 
     # Ourselves
 

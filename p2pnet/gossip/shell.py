@@ -42,9 +42,11 @@ from p2pnet.gossip.events import (
 )
 from p2pnet.gossip.groups import GroupOf, ip_group
 from p2pnet.gossip.membership import Membership
-from p2pnet.gossip.statements import OpenAdvert
+from p2pnet.gossip.statements import OpenAdvert, Versions
 from p2pnet.keys import KeyPair, short
 from p2pnet.net.network import ConnectionChange, Network
+from p2pnet.v1 import common_pb2
+from p2pnet.v1 import gossip_pb2 as pb
 
 if TYPE_CHECKING:
     from trio_typing import TaskStatus  # libp2p installs trio-stubs, which hides trio's own
@@ -132,6 +134,15 @@ class Gossip:
             if isinstance(effect, Synced) and effect.peer_id == peer_id:
                 return
         raise UnreachableError(f"peer {short(peer_id)} did not tell us who is here")
+
+    async def hear(self, peer_id: str, advert: common_pb2.Signed) -> None:
+        """Takes an advert that a peer handed us by another way than gossip."""
+        news = pb.GossipMessage(
+            versions=common_pb2.VersionRange(min=Versions().min, max=Versions().max),
+            kind=pb.GossipMessage.KIND_NEWS,
+            adverts=[advert],
+        )
+        await self._serve(peer_id, news.SerializeToString())
 
     async def leave(self, timeout_s: float) -> None:
         """Says goodbye: returns when those told have answered, at the latest after `timeout_s`.

@@ -25,6 +25,7 @@ from p2pnet.errors import (
     NotFoundError,
     P2PNetError,
     RefusedError,
+    RemoteError,
     ResourceError,
     UnreachableError,
     UsageError,
@@ -232,6 +233,7 @@ _LOCAL_ERRORS: dict[grpc.StatusCode, Callable[[str], P2PNetError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: UsageError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceError,
     grpc.StatusCode.INTERNAL: LocalError,
+    grpc.StatusCode.ABORTED: RemoteError,  # of a peer that the node asked for us
 }
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _CLOSED = "the connection was closed on our side"

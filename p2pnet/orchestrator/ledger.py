@@ -40,7 +40,9 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class EndOfData:
-    """The feeder has no more batches."""
+    """The feeder has no more batches after that of `last_step`."""
+
+    last_step: int
 
 
 Event = Reported | Saved | EndOfData | Tick
@@ -103,7 +105,7 @@ class StepLedger:
     _cutting: int | None = field(init=False, default=None)
     _held: dict[str, Reported] = field(init=False, default_factory=dict)
     _progress_at: float | None = field(init=False, default=None)
-    _ended: bool = field(init=False, default=False)
+    _last: int | None = field(init=False, default=None)  # the last step that will be fed
     _finished: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -118,7 +120,7 @@ class StepLedger:
                 self.saved, self._cutting = event.step, None
             return self._advance(now)
         if isinstance(event, EndOfData):
-            self._ended = True
+            self._last = event.last_step
             return self._advance(now)
         if self._progress_at is not None and now >= self._progress_at + STALL_S:
             self._progress_at = now
@@ -163,11 +165,11 @@ class StepLedger:
             self._held.clear()
             self._progress_at = None
             effects.append(Decide(self.decided, loss.loss, loss.correct, loss.samples))
-        due = self.decided - self.saved >= self.cut_every
-        if due or (self._ended and not self._held and self.decided > self.saved):
+        at_end = self._last is not None and self.decided >= self._last
+        if self.decided - self.saved >= (1 if at_end else self.cut_every):
             self._cutting = self.decided
             effects.append(Cut(self.decided))
-        elif self._ended and not self._held and not self._finished:
+        elif at_end and not self._finished:
             self._finished = True
             effects.append(Finished(self.decided))
         return effects

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 KEEPERS = 5
 CALL_TIMEOUT_S = 1.5
+CLAIM_TRIES = 3
 
 
 class NetworkLog(ABC):
@@ -53,15 +54,21 @@ class NetworkLog(ABC):
             UnreachableError: no majority of the keepers answers.
         """
         async with self._writing:
-            entry = new_claim(
-                self.history,
-                self._swarm.keypair,
-                self._manifest,
-                keepers=self._next_keepers(),
-                reason=reason,
-            )
-            await self._append(entry)
-            return self.history.epoch
+            for _ in range(CLAIM_TRIES):
+                before = self.history.epoch
+                entry = new_claim(
+                    self.history,
+                    self._swarm.keypair,
+                    self._manifest,
+                    keepers=self._next_keepers(),
+                    reason=reason,
+                )
+                if await self._append(entry):
+                    return self.history.epoch
+                if self.history.epoch != before:  # another's claim took the slot
+                    break
+                # A commit of ours did, which we had given up: it counts after all.
+            raise self._taken()
 
     async def commit(self, epoch: int, step: int, states: Mapping[str, common_pb2.BlobRef]) -> None:
         """Commits a cut under `epoch`; raises as `claim`."""
@@ -75,17 +82,23 @@ class NetworkLog(ABC):
                 states,
                 keepers=self._next_keepers(),
             )
-            await self._append(entry)
+            if not await self._append(entry):
+                raise self._taken()
 
-    async def _append(self, entry: common_pb2.Signed) -> None:
+    async def _append(self, entry: common_pb2.Signed) -> bool:
+        """Whether the entry is the next slot's; else another is, which is noted."""
         winner = await self._decide(entry)
         void = self.history.add(winner)
         if winner.payload != entry.payload:
-            raise RefusedError(
-                f"another orchestrator, {short(self.history.orchestrator)}, has taken the network"
-            )
+            return False
         if void:
             raise LocalError(f"an entry of the log does not count: {void}")
+        return True
+
+    def _taken(self) -> RefusedError:
+        return RefusedError(
+            f"another orchestrator, {short(self.history.orchestrator)}, has taken the network"
+        )
 
     @abstractmethod
     async def _decide(self, entry: common_pb2.Signed) -> common_pb2.Signed:

@@ -53,7 +53,7 @@ class Orchestrator:
         """What the membership noticed."""
         for network in list(self._networks.values()):
             if alive:
-                network.member_came()
+                network.member_came(peer_id)
             else:
                 network.member_gone(peer_id, why)
 
@@ -142,13 +142,9 @@ class Orchestrator:
             return pb.CommitReply(refusal=_unknown())
         try:
             await network.commit()
-        except (P2PNetError, TimeoutError) as error:
-            return pb.CommitReply(
-                refusal=common_pb2.Refusal(
-                    code=common_pb2.REFUSAL_CODE_FAILED, detail=str(error) or "not in time"
-                )
-            )
-        return pb.CommitReply(step=network.committed_step, states=network.states)
+        except P2PNetError as error:
+            return pb.CommitReply(refusal=_refusal(error))
+        return pb.CommitReply(step=network.cuts.step, states=network.cuts.states)
 
     async def _leaving(self, request: pb.LeavingRequest, caller: Caller) -> pb.LeavingReply:
         for network in list(self._networks.values()):
@@ -164,7 +160,7 @@ class Orchestrator:
             yield pb.TrainEvent(refused=_unknown())
             return
         try:
-            events = await network.train(begin)
+            events = network.train()
         except RefusedError as error:
             yield pb.TrainEvent(refused=_refusal(error))
             return
@@ -172,7 +168,7 @@ class Orchestrator:
         async def listen() -> None:
             async for command in commands:
                 if command.HasField("end"):
-                    network.end_of_data()
+                    network.end_of_data(command.end.last_step)
                 elif command.HasField("failed") and command.failed.epoch == network.epoch:
                     network.trouble(command.failed.reason, command.failed.host)
 

@@ -61,8 +61,10 @@ class Host:
         *,
         memory_bytes: int,
         hosting: bool,
+        state_url: str,
     ) -> None:
         self.memory_bytes = memory_bytes
+        self._state_url = state_url
         self._swarm = swarm
         self._compute = compute
         self._blobs = blobs
@@ -82,6 +84,9 @@ class Host:
         """What gRPC serves, by service."""
         return {
             "PNode": {
+                "Register": unary(
+                    self._register, pnode_pb2.RegisterRequest, pnode_pb2.RegisterReply
+                ),
                 "Describe": unary(
                     self._describe, pnode_pb2.DescribeRequest, pnode_pb2.DescribeReply
                 ),
@@ -132,10 +137,17 @@ class Host:
 
     # PNode
 
+    async def _register(
+        self, request: pnode_pb2.RegisterRequest, caller: Caller
+    ) -> pnode_pb2.RegisterReply:
+        """First contact: the caller's advert goes to the membership, ours comes back."""
+        await self._swarm.introduce(caller.peer_id, request.advert)
+        return pnode_pb2.RegisterReply(advert=self._swarm.advert())
+
     async def _describe(
         self, request: pnode_pb2.DescribeRequest, caller: Caller
     ) -> pnode_pb2.DescribeReply:
-        return pnode_pb2.DescribeReply(vnodes=self._hosted(""))
+        return pnode_pb2.DescribeReply(advert=self._swarm.advert(), vnodes=self._hosted(""))
 
     async def _heartbeat(
         self, request: pnode_pb2.HeartbeatRequest, caller: Caller
@@ -176,6 +188,12 @@ class Host:
         """Hosts `request.vnodes` under its epoch, and no others of that network."""
         if not self._hosting:
             return refusal(common_pb2.REFUSAL_CODE_NOT_GRANTED, "this peer hosts no VNodes")
+        if request.state_url not in ("", self._state_url):
+            # Nobody but this machine's user says which of its directories are written.
+            return refusal(
+                common_pb2.REFUSAL_CODE_NOT_GRANTED,
+                f"this peer was not started with --state {request.state_url}",
+            )
         manifest = open_manifest(request.manifest)
         graph = CompiledGraph.from_json(request.graph)
         wanted = dict.fromkeys(request.vnodes)

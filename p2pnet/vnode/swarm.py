@@ -46,6 +46,18 @@ class Swarm(Protocol):
         """The node's clock, seconds (`p2pnet.clock`)."""
         ...
 
+    def advert(self) -> common_pb2.Signed | None:
+        """What this node says of itself."""
+        ...
+
+    async def introduce(self, peer_id: str, advert: common_pb2.Signed) -> None:
+        """Hands what an authenticated peer says of itself to the membership.
+
+        Raises:
+            ForgedError, MalformedError: it is not that peer's, or no advert.
+        """
+        ...
+
     def members(self) -> Sequence[MemberView]:
         """Every member known, this node included, in order of peer id."""
         ...

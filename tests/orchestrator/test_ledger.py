@@ -11,8 +11,8 @@ from p2pnet.orchestrator.ledger import (
     STALL_S,
     Cut,
     Decide,
-    EndOfData,
     Effect,
+    EndOfData,
     Event,
     Finished,
     Reported,
@@ -37,9 +37,7 @@ def feed(core: StepLedger, *events: Event, now: float = 0.0) -> list[Effect]:
 
 
 def held(step: int, epoch: int = 3, loss: float = 0.5) -> list[Event]:
-    return [
-        Reported(v, epoch, step, loss=loss if v == "loss" else 0.0, samples=8) for v in VNODES
-    ]
+    return [Reported(v, epoch, step, loss=loss if v == "loss" else 0.0, samples=8) for v in VNODES]
 
 
 def test_a_step_is_decided_when_the_last_vnode_reports() -> None:
@@ -71,13 +69,21 @@ def test_late_doubled_and_foreign_reports_change_nothing() -> None:
 def test_the_end_of_data_saves_what_is_decided_once() -> None:
     core = ledger(cut_every=100)
     feed(core, *held(5))
-    assert feed(core, EndOfData()) == [Cut(5)]
+    assert feed(core, EndOfData(5)) == [Cut(5)]
     assert feed(core, Saved(5)) == [Finished(5)]
-    assert feed(core, EndOfData(), Saved(5)) == []
+    assert feed(core, EndOfData(5), Saved(5)) == []
+
+
+def test_the_end_of_data_waits_for_steps_that_are_still_to_be_done_again() -> None:
+    core = ledger(cut_every=100)
+    assert feed(core, EndOfData(6)) == []
+    assert feed(core, *held(5)) == [Decide(5, 0.5, 0, 8)]
+    assert feed(core, *held(6)) == [Decide(6, 0.5, 0, 8), Cut(6)]
+    assert feed(core, Saved(6)) == [Finished(6)]
 
 
 def test_the_end_of_data_at_a_cut_is_finished_at_once() -> None:
-    assert feed(ledger(), EndOfData()) == [Finished(4)]
+    assert feed(ledger(), EndOfData(4)) == [Finished(4)]
 
 
 def test_a_stall_names_who_is_missing_and_is_not_cried_twice() -> None:
