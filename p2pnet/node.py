@@ -343,9 +343,10 @@ async def _advertise(parts: _Parts, host: Host) -> None:
     """Keeps the advert true: what is hosted, and how much memory that takes."""
     while True:
         await trio.sleep(ADVERTISE_EVERY_S)
-        used, vnodes = host.memory_used_bytes, host.vnodes
-        if (used, vnodes) != (parts.capabilities.memory_used_bytes, parts.capabilities.vnodes):
-            _describe(parts, replace(parts.capabilities, memory_used_bytes=used, vnodes=vnodes))
+        usage, said = host.usage, parts.capabilities
+        if (usage.memory_bytes, usage.vnodes) != (said.memory_used_bytes, said.vnodes):
+            now = replace(said, memory_used_bytes=usage.memory_bytes, vnodes=usage.vnodes)
+            _describe(parts, now)
 
 
 async def _keep_fresh(parts: _Parts) -> None:

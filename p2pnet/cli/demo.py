@@ -81,7 +81,7 @@ class _Screen:
             print_json({"event": "said", "text": text})
             sys.stdout.flush()
         else:
-            self._bar.console.print(text, highlight=False, markup=False)
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def phase(self, name: str, seconds: float) -> None:
         """See `demo.Reporter`."""

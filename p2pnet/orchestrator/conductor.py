@@ -284,6 +284,7 @@ class Conductor:
                 raise UnreachableError("the chosen hosts did not agree to host it; try again")
             await asyncio.sleep(min(0.05 * 2**tries, BACKOFF_MAX_S))
         self._note_relocations(placement, reason, noticed_at)
+        self.hosts.lost(list(self.placement.values()), list(placement.values()))
         self.placement = placement
         self._forget_old_troubles()
         self._noticed_at = None
@@ -451,6 +452,8 @@ class Conductor:
                 self._feed_ledger(Tick())
             if self._ready.is_set():
                 hosts = by_host(self.placement)
+                drop = pnode_pb2.DropRequest(network_id=self.network_id, epoch=self.epoch - 1)
+                await self.hosts.release(drop)
                 await asyncio.gather(*(self._heartbeat(host, hosts[host]) for host in hosts))
 
     async def _heartbeat(self, host: str, vnodes: list[str]) -> None:

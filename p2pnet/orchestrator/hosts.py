@@ -30,6 +30,7 @@ class Hosts:
         self._shunned: dict[str, float] = {}  # until when
         self._leaving: dict[str, None] = {}
         self._missed: dict[str, int] = {}
+        self._former: dict[str, None] = {}  # lost their VNodes, and may not know
 
     def leaves(self, peer_id: str) -> None:
         """The peer is about to go: nothing is placed there any more."""
@@ -91,6 +92,28 @@ class Hosts:
         if any(answer is None for answer in answers):
             return None
         return [accepted for answer in answers if answer for accepted in answer]
+
+    async def release(self, request: pnode_pb2.DropRequest) -> None:
+        """Tells former hosts that they have lost their VNodes; those that are gone, later."""
+
+        async def tell(host: str) -> None:
+            try:
+                await self._swarm.call(
+                    host, "PNode/Drop", request, pnode_pb2.DropReply, timeout_s=PROBE_TIMEOUT_S
+                )
+            except RemoteError:
+                return
+            self._former.pop(host, None)
+
+        alive = [member.peer_id for member in self._swarm.members() if member.alive]
+        await asyncio.gather(*(tell(host) for host in alive if host in self._former))
+
+    def lost(self, placed: Sequence[str], now_placed: Sequence[str]) -> None:
+        """Of the hosts of an older placement, those of no newer one are to be told."""
+        for host in placed:
+            self._former[host] = None
+        for host in now_placed:
+            self._former.pop(host, None)
 
     async def heartbeat(
         self, host: str, request: pnode_pb2.HeartbeatRequest, vnodes: Sequence[str]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,17 @@ VNODES_MAX = 10_000
 LEASE_S_MAX = 3600
 BATCH_SAMPLES = 256  # what activations are admitted for
 WARM_AFTER_S = 1.0
+SWEEP_S = 10.0
+ORPHANED_S = 600.0  # how long after its lease a VNode is kept for an orchestrator to come back
 REPLY_S = 0.5  # what is left of a caller's patience to tell it so
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What is hosted: how many VNodes, and the memory that they are admitted for."""
+
+    vnodes: int
+    memory_bytes: int
 
 
 class Host:
@@ -74,8 +85,10 @@ class Host:
         self._networks: dict[str, HostedNetwork] = {}
         self._trainees: dict[tuple[str, str], Trainee] = {}
         self._states: dict[tuple[str, str], common_pb2.BlobRef] = {}
+        self._sweeping: asyncio.TimerHandle | None = None
         self._warming: asyncio.Future[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self.usage = Usage(0, 0)  # replaced, never changed: other threads read it
         self._around = Surroundings(
             swarm, compute, self._courier, faults, self._load_component, self._deliver_train
         )
@@ -110,21 +123,13 @@ class Host:
 
     async def close(self) -> None:
         """Stops every VNode."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
         if self._warming is not None:
             self._warming.cancel()
         await self._inference.close()
         await asyncio.gather(*(trainee.close() for trainee in self._trainees.values()))
         self._trainees.clear()
-
-    @property
-    def vnodes(self) -> int:
-        """How many VNodes live here."""
-        return len(self._trainees)
-
-    @property
-    def memory_used_bytes(self) -> int:
-        """What they are admitted for."""
-        return sum(self._size(net, vnode) for net, vnode in self._trainees)
 
     def claimants(self) -> list[str]:
         """The orchestrators of what lives here, by peer id."""
@@ -270,6 +275,8 @@ class Host:
             if vnode in request.states:
                 self._states[key] = request.states[vnode]
             self._trainees[key] = Trainee(vnode, net, self._around)
+        self._note_usage()
+        self._sweep_later()
         await asyncio.gather(*(trainee.close() for trainee in closing))
 
     def _accept(self, request: pnode_pb2.AllocateRequest, vnode: str) -> common_pb2.Signed:
@@ -293,16 +300,17 @@ class Host:
         net = self._networks.get(request.network_id)
         if net is None:
             return pnode_pb2.DropReply()
-        if caller.peer_id != net.claimant and request.epoch <= net.epoch:
+        if caller.peer_id != net.claimant:
             return pnode_pb2.DropReply(refusal=_stale(net))
+        if request.epoch < net.epoch:  # about an older allocation than the one here
+            return pnode_pb2.DropReply()
         wanted = set(request.vnodes)
         gone = [
             key
             for key in self._trainees
             if key[0] == net.network_id and (not wanted or key[1] in wanted)
         ]
-        closing = [self._trainees.pop(key) for key in gone]
-        await asyncio.gather(*(trainee.close() for trainee in closing))
+        await self._drop_all(gone)
         return pnode_pb2.DropReply()
 
     # VNode
@@ -406,6 +414,32 @@ class Host:
         return vnode_pb2.LoadReply()
 
     # Small things
+
+    async def _drop_all(self, keys: Sequence[tuple[str, str]]) -> None:
+        closing = [self._trainees.pop(key) for key in keys]
+        for key in keys:
+            self._states.pop(key, None)
+        self._note_usage()
+        await asyncio.gather(*(trainee.close() for trainee in closing))
+
+    def _note_usage(self) -> None:
+        used = sum(self._size(net, vnode) for net, vnode in self._trainees)
+        self.usage = Usage(len(self._trainees), used)
+
+    def _sweep_later(self) -> None:
+        if self._sweeping is None:
+            loop = asyncio.get_running_loop()
+            self._sweeping = loop.call_later(SWEEP_S, lambda: self._spawn(self._sweep()))
+
+    async def _sweep(self) -> None:
+        """Lets VNodes go whose orchestrator has not been heard of for long."""
+        self._sweeping = None
+        before = self._swarm.now() - ORPHANED_S
+        await self._drop_all(
+            [key for key in self._trainees if self._networks[key[0]].lease_until < before]
+        )
+        if self._trainees:
+            self._sweep_later()
 
     async def _provide(self, key: bytes) -> None:
         try:
