@@ -1,7 +1,5 @@
 # make demo    the main job: a swarm trains a network and survives two kills
 # make test    lint, types, layers and every test
-# make bar     the long forms of the reliability tests
-# make bench   speed, as ratios to named rivals measured in the same run
 # Each works on a fresh clone: .venv is made first. `make clean` takes it away.
 
 PYTHON ?= python3.11
@@ -9,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint unit bar bench clean setup
+.PHONY: demo test lint unit clean setup
 
 demo: $(READY)
 	@$(BIN)/p2pnet demo $(ARGS)

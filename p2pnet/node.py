@@ -312,7 +312,7 @@ async def _bootstrap(parts: _Parts, addrs: Sequence[str]) -> None:
     delay_s = RETRY_MIN_S
     told = False
     while waiting:
-        if not told and parts.progress.reached == 0:
+        if not told and parts.progress.reached == 0 and not parts.config.client:
             told = True
             logger.warning(
                 "none of the %d bootstrap peers can be reached yet; this node keeps trying, and "

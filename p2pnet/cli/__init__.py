@@ -51,7 +51,7 @@ for command in (join, members, submit, whereis, status, train, infer, export, le
 def main() -> None:
     """The entry point: one clear sentence and an exit code for whatever goes wrong."""
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="p2pnet", standalone_mode=False)
     except click.exceptions.Abort:
         click.echo("p2pnet: interrupted", err=True)
         sys.exit(130)

@@ -18,27 +18,19 @@ def members(data_dir: Path, bootstrap: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    from rich.console import Console
-    from rich.table import Table
-
     from p2pnet.units import format_size
 
-    table = Table(box=None, pad_edge=False)
-    for column in ("Peer", "State", "CPUs", "Memory", "Speed", "VNodes", "Address"):
-        table.add_column(column)
+    # Plain lines rather than a table that fits the terminal: ids are there to be copied.
+    line = "{:52}  {:7}  {:>4}  {:>9}  {:>12}  {:>6}  {}"
+    click.echo(line.format("Peer", "State", "CPUs", "Memory", "Speed", "VNodes", "Address"))
     for row in rows:
         lent = row["capabilities"]
         speed = f"{lent['matmul_gflops']:.0f} GFLOP/s" if lent["matmul_gflops"] else ""
-        table.add_row(
-            row["peer_id"],
-            row["state"],
-            f"{lent['cpus']:g}",
-            format_size(lent["memory_bytes"]),
-            speed,
-            str(row["vnodes"]),
-            row["addrs"][0] if row["addrs"] else "",
+        cpus, memory = f"{lent['cpus']:g}", format_size(lent["memory_bytes"])
+        addr = row["addrs"][0] if row["addrs"] else ""
+        click.echo(
+            line.format(row["peer_id"], row["state"], cpus, memory, speed, row["vnodes"], addr)
         )
-    Console(soft_wrap=True).print(table)
 
 
 @click.command()

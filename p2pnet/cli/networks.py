@@ -65,17 +65,13 @@ def train(
     with connect(data_dir, bootstrap) as client:
         network = client.network(name)
         progress = _Progress(None if as_json else -(-len(x) // batch_size) * epochs)
-        try:
-            with progress:
-                network.train(
-                    lambda epoch: batches(x, y, batch_size, seed, epoch),
-                    epochs=epochs,
-                    on_step=progress.step,
-                    on_epoch=print_json if as_json else progress.epoch,
-                )
-        except KeyboardInterrupt:
-            network.abandon()
-            raise
+        with progress:
+            network.train(
+                lambda epoch: batches(x, y, batch_size, seed, epoch),
+                epochs=epochs,
+                on_step=progress.step,
+                on_epoch=print_json if as_json else progress.epoch,
+            )
         done = {
             "event": "done",
             "steps": network.status().committed_step,

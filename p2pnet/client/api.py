@@ -183,6 +183,21 @@ class Network:
                 where it is callable, called with the epoch (from 1).
             on_step: told (step, loss) of each decided step.
         """
+        try:
+            history = self._train(batches, epochs, on_step, on_epoch)
+        except BaseException:
+            self.abandon()
+            raise
+        self.finish()
+        return history
+
+    def _train(
+        self,
+        batches: Iterable[tuple[Any, Any]] | Callable[[int], Iterable[tuple[Any, Any]]],
+        epochs: int,
+        on_step: Callable[[int, float], None] | None,
+        on_epoch: Callable[[dict[str, Any]], None] | None,
+    ) -> list[dict[str, Any]]:
         history = []
         for epoch in range(1, epochs + 1):
             started = time.monotonic()
@@ -205,7 +220,6 @@ class Network:
             history.append(row)
             if on_epoch is not None:
                 on_epoch(row)
-        self.finish()
         return history
 
     def train_step(self, x: Any, y: Any) -> float:

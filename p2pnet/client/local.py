@@ -6,6 +6,7 @@ nowhere, hosts nothing and is no member, and talks to it as to any other.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from pathlib import Path
 from p2pnet.bootstrap import read_all
 from p2pnet.datadir import DataDir
 from p2pnet.errors import LocalError, UsageError, root_of
+
+logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 10.0
@@ -34,6 +37,8 @@ def control_socket(data_dir: Path, bootstrap: tuple[str, ...]) -> Iterator[Path]
     if not peers.addrs:
         problem = f" ({peers.problems[0]})" if peers.problems else ""
         raise UsageError(f"there is no peer in {', '.join(bootstrap)} to start from{problem}")
+    for problem in peers.problems:
+        logger.warning("%s", problem)
     with (
         tempfile.TemporaryDirectory(prefix="p2pnet-client-") as directory,
         _node_of_our_own(Path(directory), peers.addrs) as socket,

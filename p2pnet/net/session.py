@@ -44,10 +44,11 @@ def choose_version(ours: tuple[int, int], theirs: common_pb2.VersionRange) -> in
         raise MalformedError(f"protocol versions {theirs.min} to {theirs.max} are no range")
     version = min(ours[1], theirs.max)
     if version < max(ours[0], theirs.min):
-        older = "we are" if ours[1] < theirs.min else "the peer is"
+        # Either side may read this, so it names neither "us" nor "them".
+        spoken = sorted((ours, (theirs.min, theirs.max)))
         raise VersionError(
-            f"no protocol version in common: we speak {_range(*ours)}, "
-            f"the peer {_range(theirs.min, theirs.max)}; {older} the older one and must be updated"
+            f"no protocol version in common: one side speaks {_range(*spoken[0])}, the other "
+            f"{_range(*spoken[1])}; the one with the lower numbers has to be updated"
         )
     return version
 

@@ -64,8 +64,13 @@ class BlobKeeper:
         if state_url:
             await asyncio.to_thread(open_state(state_url, BLOBS_BYTES_MAX).put, data)
             return ref
-        await self._keep(network_id, data)
-        ref.holders.append(self._swarm.keypair.peer_id)
+        full: ResourceError | None = None
+        try:
+            await self._keep(network_id, data)
+            ref.holders.append(self._swarm.keypair.peer_id)
+        except ResourceError as error:  # copies elsewhere are as good
+            logger.warning("a state could not be kept here: %s", error)
+            full = error
 
         async def copy(peer_id: str) -> None:
             await self._swarm.put_blob(
@@ -80,7 +85,9 @@ class BlobKeeper:
                 logger.info("no copy of a state on %s: %s", short(peer_id), result)
             else:
                 raise result
-        if copy_to and len(ref.holders) == 1:
+        if not ref.holders:
+            raise full or ResourceError("nobody took the state")
+        if copy_to and ref.holders == [self._swarm.keypair.peer_id]:
             raise ResourceError("no other peer took a copy of the state")
         return ref
 

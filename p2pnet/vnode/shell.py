@@ -10,35 +10,31 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from p2pnet.dht.keyspace import vnode_key
 from p2pnet.dht.manifest import grants, network_id_of, open_manifest
 from p2pnet.errors import (
-    ForgedError,
     MalformedError,
     P2PNetError,
     RefusedError,
     RemoteError,
-    ResourceError,
 )
 from p2pnet.keys import ACCEPTANCE, sha256, short
 from p2pnet.net.handlers import Caller, Method, unary
 from p2pnet.v1 import common_pb2, pnode_pb2, records_pb2, vnode_pb2
 from p2pnet.vnode.blobs import BlobKeeper
-from p2pnet.vnode.courier import LOOKUP_TIMEOUT_S, Courier
+from p2pnet.vnode.courier import LOOKUP_TIMEOUT_S
 from p2pnet.vnode.executor import ComputeThread
 from p2pnet.vnode.faults import Faults
 from p2pnet.vnode.graph import CompiledGraph
-from p2pnet.vnode.hosted import HostedComponent
-from p2pnet.vnode.inference import Inference
-from p2pnet.vnode.messages import ActivationArrived, Event, GradientArrived
+from p2pnet.vnode.messages import Event
 from p2pnet.vnode.network import HostedNetwork, refusal
 from p2pnet.vnode.swarm import Swarm
-from p2pnet.vnode.tensors import encode
-from p2pnet.vnode.trainee import Surroundings, Trainee, event_of
+
+if TYPE_CHECKING:
+    from p2pnet.vnode.engine import Engine
+    from p2pnet.vnode.trainee import Trainee
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +45,6 @@ BATCH_SAMPLES = 256  # what activations are admitted for
 WARM_AFTER_S = 1.0
 SWEEP_S = 10.0
 ORPHANED_S = 600.0  # how long after its lease a VNode is kept for an orchestrator to come back
-REPLY_S = 0.5  # what is left of a caller's patience to tell it so
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +75,8 @@ class Host:
         self._compute = compute
         self._blobs = blobs
         self._hosting = hosting
-        self._courier = Courier(swarm)
-        self._inference = Inference(compute, self._courier, self._deliver_forward)
+        self._faults = faults
+        self._engine: Engine | None = None
         self._networks: dict[str, HostedNetwork] = {}
         self._trainees: dict[tuple[str, str], Trainee] = {}
         self._states: dict[tuple[str, str], common_pb2.BlobRef] = {}
@@ -89,9 +84,6 @@ class Host:
         self._warming: asyncio.Future[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.usage = Usage(0, 0)  # replaced, never changed: other threads read it
-        self._around = Surroundings(
-            swarm, compute, self._courier, faults, self._load_component, self._deliver_train
-        )
 
     def services(self) -> dict[str, Mapping[str, Method]]:
         """What gRPC serves, by service."""
@@ -127,7 +119,8 @@ class Host:
             self._sweeping.cancel()
         if self._warming is not None:
             self._warming.cancel()
-        await self._inference.close()
+        if self._engine is not None:
+            await self._engine.inference.close()
         await asyncio.gather(*(trainee.close() for trainee in self._trainees.values()))
         self._trainees.clear()
 
@@ -274,7 +267,7 @@ class Host:
             self._states.pop(key, None)
             if vnode in request.states:
                 self._states[key] = request.states[vnode]
-            self._trainees[key] = Trainee(vnode, net, self._around)
+            self._trainees[key] = self._tensors().new_trainee(vnode, net)
         self._note_usage()
         self._sweep_later()
         await asyncio.gather(*(trainee.close() for trainee in closing))
@@ -321,10 +314,7 @@ class Host:
             return vnode_pb2.HopReply(
                 refusal=await self._say_where(found, request.id.network_id, request.vnode)
             )
-        net, trainee = found
-        event = event_of(request)
-        misfit = _misfit(net, request, event)
-        return vnode_pb2.HopReply(refusal=misfit or trainee.take(event))
+        return vnode_pb2.HopReply(refusal=found[1].hear(request))
 
     async def _deliver_train(
         self, net: HostedNetwork, vnode: str, event: Event
@@ -341,7 +331,7 @@ class Host:
             return vnode_pb2.HopReply(
                 refusal=await self._say_where(found, request.network_id, request.vnode)
             )
-        return vnode_pb2.HopReply(refusal=self._inference.take(*found, request))
+        return vnode_pb2.HopReply(refusal=self._tensors().inference.take(*found, request))
 
     async def _deliver_forward(
         self, request: vnode_pb2.ForwardRequest
@@ -349,7 +339,7 @@ class Host:
         found = self._find(request.network_id, request.epoch, request.vnode)
         if isinstance(found, common_pb2.Refusal):
             return found
-        return self._inference.take(*found, request)
+        return self._tensors().inference.take(*found, request)
 
     async def _collect(
         self, request: vnode_pb2.CollectRequest, caller: Caller
@@ -359,14 +349,7 @@ class Host:
             return vnode_pb2.CollectReply(
                 refusal=await self._say_where(found, request.network_id, request.vnode)
             )
-        try:
-            output = await self._inference.collect(
-                found[0], request.request_id, max(0.0, caller.timeout_s - REPLY_S)
-            )
-        except (TimeoutError, ResourceError) as error:
-            detail = str(error) or "the output has not come in time"
-            return vnode_pb2.CollectReply(refusal=refusal(common_pb2.REFUSAL_CODE_FAILED, detail))
-        return vnode_pb2.CollectReply(tensor=encode(output))
+        return await self._tensors().collect(found[0], request.request_id, caller.timeout_s)
 
     async def _health(
         self, request: vnode_pb2.HealthRequest, caller: Caller
@@ -499,27 +482,23 @@ class Host:
                 answer.host, answer.epoch = found[0].host, found[0].epoch
         return answer
 
-    async def _load_component(self, net: HostedNetwork, vnode: str) -> HostedComponent:
-        node, graph = net.graph.node(vnode), net.graph
-        inner = dict.fromkeys(graph.vnodes())
-        component = HostedComponent(
-            vnode,
-            node.type,
-            node.config,
-            seed=graph.seed,
-            optimizer=graph.optimizer.type,
-            optimizer_config=graph.optimizer.config,
-            wants_gradient=[ref in inner for ref in node.inputs],
-        )
+    async def _fetch(self, net: HostedNetwork, vnode: str) -> bytes | None:
         ref = self._states.get((net.network_id, vnode))
-        if ref is not None:
-            data = await self._blobs.fetch(ref, net.network_id, net.state_url)
-            await self._compute.run(component.do_load, data)
-        if component.step != net.base_step:
-            raise ForgedError(
-                f"the state of {vnode} is of step {component.step}, not {net.base_step}"
+        return None if ref is None else await self._blobs.fetch(ref, net.network_id, net.state_url)
+
+    def _tensors(self) -> Engine:
+        if self._engine is None:
+            from p2pnet.vnode.engine import Engine
+
+            self._engine = Engine(
+                self._swarm,
+                self._compute,
+                self._faults,
+                fetch=self._fetch,
+                train=self._deliver_train,
+                forward=self._deliver_forward,
             )
-        return component
+        return self._engine
 
     def _size(self, network_id: str, vnode: str) -> int:
         return self._networks[network_id].graph.node(vnode).memory_bytes(BATCH_SAMPLES)
@@ -548,24 +527,4 @@ def _stale(net: HostedNetwork | None) -> common_pb2.Refusal:
         common_pb2.REFUSAL_CODE_STALE_EPOCH,
         f"{net.graph.name} is at epoch {net.epoch} under {short(net.claimant)} here",
         epoch=net.epoch,
-    )
-
-
-def _misfit(
-    net: HostedNetwork, request: vnode_pb2.TrainRequest, event: ActivationArrived | GradientArrived
-) -> common_pb2.Refusal | None:
-    """Refuses a tensor that is not what the graph says of its edge."""
-    backward = isinstance(event, GradientArrived)
-    try:
-        expected = net.graph.tensor(request.vnode if backward else request.source)
-    except KeyError:
-        return refusal(common_pb2.REFUSAL_CODE_BAD_REQUEST, f"there is no {request.source}")
-    tensor = event.payload
-    assert isinstance(tensor, np.ndarray)
-    if tensor.shape[1:] == expected.shape and tensor.dtype.name == expected.dtype:
-        return None
-    return refusal(
-        common_pb2.REFUSAL_CODE_BAD_REQUEST,
-        f"{request.vnode} takes {expected.dtype}{list(expected.shape)} a sample from "
-        f"{request.source}, not {tensor.dtype.name}{list(tensor.shape[1:])}",
     )

@@ -108,6 +108,15 @@ class Trainee:
                     raise
         return self.component
 
+    def hear(self, request: vnode_pb2.TrainRequest) -> common_pb2.Refusal | None:
+        """Takes a message from another host.
+
+        Raises:
+            MalformedError: bytes that are no tensor, or no training message.
+        """
+        event = event_of(request)
+        return _misfit(self._net, request, event) or self.take(event)
+
     def take(self, event: Event) -> common_pb2.Refusal | None:
         """Takes what a peer sent; the refusal, if there is one, is the answer."""
         answer: common_pb2.Refusal | None = None
@@ -330,3 +339,22 @@ def wiring_of(net: HostedNetwork, vnode: str) -> Wiring:
 
 def _array(payload: object) -> Array:
     return payload  # type: ignore[return-value]  # the step core carries payloads without looking
+
+
+def _misfit(
+    net: HostedNetwork, request: vnode_pb2.TrainRequest, event: ActivationArrived | GradientArrived
+) -> common_pb2.Refusal | None:
+    """Refuses a tensor that is not what the graph says of its edge."""
+    backward = isinstance(event, GradientArrived)
+    try:
+        expected = net.graph.tensor(request.vnode if backward else request.source)
+    except KeyError:
+        return refusal(common_pb2.REFUSAL_CODE_BAD_REQUEST, f"there is no {request.source}")
+    tensor = _array(event.payload)
+    if tensor.shape[1:] == expected.shape and tensor.dtype.name == expected.dtype:
+        return None
+    return refusal(
+        common_pb2.REFUSAL_CODE_BAD_REQUEST,
+        f"{request.vnode} takes {expected.dtype}{list(expected.shape)} a sample from "
+        f"{request.source}, not {tensor.dtype.name}{list(tensor.shape[1:])}",
+    )
