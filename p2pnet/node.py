@@ -263,6 +263,10 @@ async def run_node(
             )
             await stop.wait()
             if not config.client:
+                for name in orchestrator.names():
+                    logger.warning(
+                        "the network %s stops with this node, which looks after it", name
+                    )
                 await _drain(parts, host, keypair)
                 await gossip.leave(GOODBYE_TIMEOUT_S)
                 _remember_now(parts)

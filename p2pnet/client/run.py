@@ -68,6 +68,7 @@ class TrainingRun:
         self._decided = 0  # of this epoch
         self._last = 0  # the newest step that was asked for
         self._ready = asyncio.Event()
+        self._heard_at = 0.0  # of the orchestrator
         self._ending = False
         self._done: asyncio.Future[pb.TrainDone] = asyncio.get_running_loop().create_future()
         self._commands: asyncio.Queue[pb.TrainCommand] = asyncio.Queue()
@@ -133,20 +134,25 @@ class TrainingRun:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        gone_since = 0.0
+        self._heard_at = loop.time()
+        told_at = -1.0
         while not self._done.done():
             try:
                 await self._talk()
-                gone_since = 0.0
             except (UnreachableError, NotFoundError) as error:
                 self._ready.clear()
-                gone_since = gone_since or loop.time()
-                if loop.time() > gone_since + ORCHESTRATOR_GONE_S:
+                if loop.time() > self._heard_at + ORCHESTRATOR_GONE_S:
                     raise UnreachableError(
                         f"the orchestrator of {self._network.name} is gone, and no other has "
                         f"taken its place: {error}"
                     ) from error
-                logger.info("the orchestrator is out of reach, trying again: %s", error)
+                if told_at < self._heard_at:
+                    told_at = loop.time()
+                    logger.warning(
+                        "the orchestrator is out of reach; trying for up to %d s: %s",
+                        ORCHESTRATOR_GONE_S,
+                        error,
+                    )
                 await asyncio.sleep(RETRY_S)
                 await self._find_orchestrator()
 
@@ -198,6 +204,7 @@ class TrainingRun:
             reading.cancel()
 
     def _take(self, event: pb.TrainEvent) -> None:
+        self._heard_at = asyncio.get_running_loop().time()
         what = event.WhichOneof("what")
         if what == "ready":
             self._resume(event.ready)

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 LEASE_S = 60
 HEARTBEAT_S = 1.0
 WAIT_S = 5.0  # for hosts, or for the log's keepers, before looking again
+FUTILE_MAX = 3
 FIRST_TRIES = 5  # for a network that was never placed
 BACKOFF_MAX_S = 2.0
 READY_TIMEOUT_S = 30.0
@@ -84,6 +85,7 @@ class Conductor:
         self._relocations: list[orchestrator_pb2.Relocation] = []
         self._health: dict[str, pnode_pb2.HostedVNode] = {}
         self._steps_decided = 0
+        self._futile = 0  # recoveries since a step was decided
         self._step_bytes = 0
         self._ledger = self._new_ledger()
         self._troubles: asyncio.Queue[tuple[str, str]] = asyncio.Queue(maxsize=64)
@@ -135,6 +137,8 @@ class Conductor:
             self._dirty = True
             self._refuse_feeder(common_pb2.REFUSAL_CODE_BAD_REQUEST, request.trouble.reason)
         else:
+            if not request.trouble.host:  # its own failure
+                self.hosts.shun(self.placement[request.vnode])
             self.trouble(f"{request.vnode}: {request.trouble.reason}", request.trouble.host)
 
     def trouble(self, reason: str, host: str = "") -> None:
@@ -177,6 +181,12 @@ class Conductor:
             ) from None
         if self._feeder is None and not (self.cuts.committed and not self._undecided_work()):
             await self.cuts.make(self.placement, self.epoch, self._ledger.decided)
+        if not self.cuts.committed:
+            raise RefusedError(
+                f"{self.graph.name} has no cut yet: ask again when it has trained for "
+                f"{self.graph.cut_every} steps",
+                code=int(common_pb2.REFUSAL_CODE_BUSY),
+            )
 
     def train(self) -> asyncio.Queue[TrainEvent]:
         """Takes a feeder; what it is to be told comes out of the queue.
@@ -247,6 +257,9 @@ class Conductor:
         """Deals with one trouble after the other, for as long as the network is ours."""
         while True:
             reason, _ = await self._troubles.get()
+            if self._futile > FUTILE_MAX:  # each try is an entry of the log
+                await asyncio.sleep(min(0.1 * 2 ** (self._futile - FUTILE_MAX), WAIT_S))
+            self._futile += 1
             try:
                 await self._establish(reason)
             except RefusedError as error:  # another orchestrator has it now
@@ -419,6 +432,7 @@ class Conductor:
 
     def _decided(self, epoch: int, effect: Decide) -> None:
         self._steps_decided += 1
+        self._futile = 0
         decided = orchestrator_pb2.StepDecided(
             epoch=epoch,
             step=effect.step,

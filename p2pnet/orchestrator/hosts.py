@@ -51,7 +51,7 @@ class Hosts:
         answers = await asyncio.gather(*(self._answers(peer_id) for peer_id in probe))
         for peer_id, answered in zip(probe, answers, strict=True):
             if not answered:
-                self._shun(peer_id)
+                self.shun(peer_id)
         return [
             HostView(
                 peer_id=member.peer_id,
@@ -84,7 +84,7 @@ class Hosts:
                     raise RefusedError("the host signed as somebody else")
             except RemoteError as error:
                 logger.info("network %s: %s: %s", self._name, short(host), error)
-                self._shun(host)
+                self.shun(host)
                 return None
             return list(reply.acceptances)
 
@@ -137,10 +137,12 @@ class Hosts:
         running = {hosted.vnode for hosted in reply.vnodes if not hosted.error}
         lost = sorted(set(vnodes) - running)
         if reply.HasField("refusal") or lost:
+            self.shun(host)
             return (), f"peer {short(host)} no longer runs {', '.join(lost or vnodes)}"
         return list(reply.vnodes), ""
 
-    def _shun(self, peer_id: str) -> None:
+    def shun(self, peer_id: str) -> None:
+        """Places nothing there for a while."""
         now = self._swarm.now()
         self._shunned = {peer: until for peer, until in self._shunned.items() if until > now}
         self._shunned[peer_id] = now + SHUNNED_S

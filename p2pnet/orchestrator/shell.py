@@ -49,6 +49,10 @@ class Orchestrator:
         """Stops looking after every network."""
         await asyncio.gather(*(network.stop() for network in self._networks.values()))
 
+    def names(self) -> list[str]:
+        """The networks that this node looks after."""
+        return sorted(network.graph.name for network in list(self._networks.values()))
+
     def member_changed(self, peer_id: str, alive: bool, why: str) -> None:
         """What the membership noticed."""
         for network in list(self._networks.values()):
