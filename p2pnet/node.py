@@ -26,6 +26,7 @@ import trio
 
 from p2pnet import clock
 from p2pnet.around import Around
+from p2pnet.bootstrap import parse_list
 from p2pnet.control import Control, Progress
 from p2pnet.data.blobs import BlobStore
 from p2pnet.datadir import DataDir
@@ -243,7 +244,8 @@ async def run_node(
             await nursery.start(gossip.run)
             await nursery.start(dht.run)
             around.update(gossip.members())
-            remembered = [] if config.client else data.remembered_peers()
+            # A hint of a file's: what is broken in it is left out.
+            remembered = parse_list("\n".join(data.remembered_peers()), "peers.json").addrs
             start_from = tuple(dict.fromkeys((*config.bootstrap, *remembered)))
             nursery.start_soon(_bootstrap, parts, start_from)
             nursery.start_soon(_keep_fresh, parts)

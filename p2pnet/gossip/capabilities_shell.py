@@ -73,7 +73,8 @@ async def measure_matmul_gflops(data_dir: Path, *, timeout_s: float = 20.0) -> f
     try:
         with trio.fail_after(timeout_s):
             done = await trio.run_process(
-                [sys.executable, "-m", "p2pnet.gossip.matmul_shell"],
+                # -P: nothing that lies in the directory where the user happens to be.
+                [sys.executable, "-P", "-m", "p2pnet.gossip.matmul_shell"],
                 capture_stdout=True,
                 capture_stderr=True,
                 env={**os.environ, **one_thread},

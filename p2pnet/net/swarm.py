@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 import trio
 
 from p2pnet.errors import (
+    CancelledByUs,
     LocalError,
     MalformedError,
     RemoteError,
@@ -354,6 +355,8 @@ class Swarm:
                         pass
             except UnreachableError as error:
                 _log.debug("a stream of peer %s: %s", who, error)
+            except CancelledByUs as error:
+                _log.debug("peer %s was not served: %s", who, error)
             except LocalError as error:
                 _log.warning("could not serve peer %s: %s", who, error)
             except RemoteError as error:
