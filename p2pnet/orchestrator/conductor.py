@@ -95,6 +95,7 @@ class Conductor:
         self._feeder: asyncio.Queue[TrainEvent] | None = None
         self._dirty = False  # steps after the committed one may be under way
         self._last_step: int | None = None  # of the feeder, once it has no more batches
+        self._last_cut: asyncio.Task[None] | None = None  # after the last feeder has left
         self._tasks: set[asyncio.Task[None]] = set()
 
     # What the service calls
@@ -188,12 +189,14 @@ class Conductor:
                 code=int(common_pb2.REFUSAL_CODE_BUSY),
             )
 
-    def train(self) -> asyncio.Queue[TrainEvent]:
+    async def train(self) -> asyncio.Queue[TrainEvent]:
         """Takes a feeder; what it is to be told comes out of the queue.
 
         Raises:
             RefusedError: another feeder is at work.
         """
+        if self._feeder is None and self._last_cut is not None:
+            await asyncio.wait((self._last_cut,))  # of the feeder before: we go on from there
         if self._feeder is not None:
             raise RefusedError(
                 f"{self.graph.name} is being trained by somebody else: wait until that is done",
@@ -213,16 +216,21 @@ class Conductor:
         self._last_step = last_step
         self._feed_ledger(EndOfData(last_step))
 
-    async def feeder_left(self) -> None:
+    def feeder_left(self) -> None:
         """The feeder's stream is closed."""
         self._feeder = None
         if self.state == "training":
             self.state = "ready"
         if self._ready.is_set() and self._undecided_work():
-            try:  # keep what was decided; a half-done step is dropped at the next epoch
-                await self.cuts.make(self.placement, self.epoch, self._ledger.decided)
-            except P2PNetError as error:
-                logger.info("network %s: no cut at the end: %s", self.graph.name, error)
+            # not in the call of the feeder, which is cancelled if it hangs up first
+            self._last_cut = self._spawn(self._cut_the_rest(self.epoch, self._ledger.decided))
+
+    async def _cut_the_rest(self, epoch: int, step: int) -> None:
+        """Keeps what was decided; a half-done step is dropped at the next epoch."""
+        try:
+            await self.cuts.make(self.placement, epoch, step)
+        except P2PNetError as error:
+            logger.info("network %s: no cut at the end: %s", self.graph.name, error)
 
     def locations(self) -> list[pnode_pb2.Location]:
         """Where every VNode lives."""
@@ -492,10 +500,11 @@ class Conductor:
         if self._feeder is not None:
             self._feeder.put_nowait(event)  # the feeder sends a step at a time, so this is short
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended_task)
+        return task
 
     def _ended_task(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 KEEPERS = 5
 CALL_TIMEOUT_S = 1.5
-CLAIM_TRIES = 3
+TRIES = 3
 
 
 class NetworkLog(ABC):
@@ -45,6 +45,7 @@ class NetworkLog(ABC):
         self._swarm = swarm
         self._manifest = manifest
         self._writing = asyncio.Lock()
+        self._lost = False
 
     async def claim(self, reason: str) -> int:
         """Takes the next epoch, and returns its number.
@@ -54,7 +55,9 @@ class NetworkLog(ABC):
             UnreachableError: no majority of the keepers answers.
         """
         async with self._writing:
-            for _ in range(CLAIM_TRIES):
+            if self._lost:  # as a commit has found: it is not taken right back
+                raise self._taken()
+            for _ in range(TRIES):
                 before = self.history.epoch
                 entry = new_claim(
                     self.history,
@@ -73,17 +76,24 @@ class NetworkLog(ABC):
     async def commit(self, epoch: int, step: int, states: Mapping[str, common_pb2.BlobRef]) -> None:
         """Commits a cut under `epoch`; raises as `claim`."""
         async with self._writing:
-            if self.history.epoch != epoch:
-                raise RefusedError("a newer epoch has begun meanwhile")
-            entry = new_commit(
-                self.history,
-                self._swarm.keypair,
-                step,
-                states,
-                keepers=self._next_keepers(),
-            )
-            if not await self._append(entry):
-                raise self._taken()
+            for _ in range(TRIES):
+                if self.history.epoch != epoch:
+                    raise RefusedError("a newer epoch has begun meanwhile")
+                entry = new_commit(
+                    self.history,
+                    self._swarm.keypair,
+                    step,
+                    states,
+                    keepers=self._next_keepers(),
+                )
+                if await self._append(entry):
+                    return
+                if self.history.epoch != epoch:
+                    break
+                committed = self.history.commit
+                if committed is not None and committed.step >= step:
+                    return  # by a commit of ours, which we had given up
+            raise self._taken()
 
     async def _append(self, entry: common_pb2.Signed) -> bool:
         """Whether the entry is the next slot's; else another is, which is noted."""
@@ -96,6 +106,7 @@ class NetworkLog(ABC):
         return True
 
     def _taken(self) -> RefusedError:
+        self._lost = True
         return RefusedError(
             f"another orchestrator, {short(self.history.orchestrator)}, has taken the network"
         )

@@ -164,7 +164,7 @@ class Orchestrator:
             yield pb.TrainEvent(refused=_unknown())
             return
         try:
-            events = network.train()
+            events = await network.train()
         except RefusedError as error:
             yield pb.TrainEvent(refused=_refusal(error))
             return
@@ -184,9 +184,9 @@ class Orchestrator:
                 if event.HasField("done") or event.HasField("refused"):
                     return
         finally:
+            network.feeder_left()  # before any await: a client that hangs up cancels this call
             listener.cancel()
             await asyncio.gather(listener, return_exceptions=True)
-            await network.feeder_left()
 
 
 def _refusal(error: P2PNetError) -> common_pb2.Refusal:
