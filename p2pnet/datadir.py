@@ -39,6 +39,7 @@ class DataDir:
     def __init__(self, path: Path) -> None:
         self.path = path.expanduser().absolute()
         self._lock: int | None = None
+        self._socket: Path | None = None
 
     def open(self) -> None:
         """Makes the directory, private to this user, and locks it.
@@ -68,8 +69,19 @@ class DataDir:
         """Gives the directory back."""
         if self._lock is not None:
             (self.path / "control.path").unlink(missing_ok=True)
+            self._remove_socket()
             os.close(self._lock)
             self._lock = None
+
+    def _remove_socket(self) -> None:
+        if self._socket is not None:
+            self._socket.unlink(missing_ok=True)
+            if self._socket.parent != self.path:
+                try:
+                    self._socket.parent.rmdir()
+                except OSError:  # somebody has put something there
+                    pass
+            self._socket = None
 
     def new_socket(self) -> Path:
         """Where the control socket of the node that has just taken this data dir goes.
@@ -87,6 +99,7 @@ class DataDir:
                 raise ResourceError(f"{private} belongs to somebody else: take it away")
             socket = private / "control.sock"
         socket.unlink(missing_ok=True)
+        self._socket = socket
         write_whole(self.path / "control.path", str(socket).encode())
         return socket
 

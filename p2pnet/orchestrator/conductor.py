@@ -300,6 +300,8 @@ class Conductor:
             self.epoch = await self._log.claim(reason)
             if await self._allocate(placement):
                 break
+            # Some may have agreed, and are not chosen again.
+            self.hosts.lost(list(placement.values()), list(self.placement.values()))
             tries += 1
             if not self.placement and tries >= FIRST_TRIES:
                 raise UnreachableError("the chosen hosts did not agree to host it; try again")

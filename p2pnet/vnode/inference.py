@@ -79,7 +79,8 @@ class Inference:
             return None
         tensor = decode(request.tensor)
         expected = net.graph.tensor(request.source)
-        if tensor.shape[1:] != expected.shape or tensor.dtype.name != expected.dtype:
+        fits = tensor.ndim > 0 and tensor.shape[1:] == expected.shape
+        if not fits or tensor.dtype.name != expected.dtype:
             return refusal(
                 common_pb2.REFUSAL_CODE_BAD_REQUEST,
                 f"{request.vnode} takes {expected.dtype}{list(expected.shape)} a sample from "

@@ -199,7 +199,7 @@ class Host:
         if (
             network_id_of(request.manifest) != request.network_id
             or sha256(request.graph) != manifest.spec_digest
-            or not wanted
+            or not 0 < len(wanted) == len(request.vnodes)
             or any(vnode not in known for vnode in wanted)
             or not 0 < request.lease_s <= LEASE_S_MAX
         ):
@@ -232,11 +232,12 @@ class Host:
             self._size(net, vnode) for net, vnode in self._trainees if net != request.network_id
         )
         needed = sum(graph.node(vnode).memory_bytes(BATCH_SAMPLES) for vnode in request.vnodes)
-        new = request.network_id not in self._networks
+        hosted = {net for net, _ in self._trainees}
+        new = request.network_id not in hosted
         if (
             others + needed > self.memory_bytes
             or len(self._trainees) + len(request.vnodes) > VNODES_MAX
-            or (new and len(self._networks) >= NETWORKS_MAX)
+            or (new and len(hosted) >= NETWORKS_MAX)
         ):
             return refusal(
                 common_pb2.REFUSAL_CODE_NO_MEMORY,
@@ -268,6 +269,7 @@ class Host:
             if vnode in request.states:
                 self._states[key] = request.states[vnode]
             self._trainees[key] = self._tensors().new_trainee(vnode, net)
+        self._forget_networks()
         self._note_usage()
         self._sweep_later()
         await asyncio.gather(*(trainee.close() for trainee in closing))
@@ -404,6 +406,13 @@ class Host:
             self._states.pop(key, None)
         self._note_usage()
         await asyncio.gather(*(trainee.close() for trainee in closing))
+
+    def _forget_networks(self) -> None:
+        """Of those that have nothing here the oldest; their logs remember their epochs."""
+        hosted = {net for net, _ in self._trainees}
+        idle = [net for net in self._networks if net not in hosted]
+        for net in idle[: max(0, len(self._networks) - NETWORKS_MAX)]:
+            del self._networks[net]
 
     def _note_usage(self) -> None:
         used = sum(self._size(net, vnode) for net, vnode in self._trainees)

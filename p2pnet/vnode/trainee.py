@@ -351,10 +351,11 @@ def _misfit(
     except KeyError:
         return refusal(common_pb2.REFUSAL_CODE_BAD_REQUEST, f"there is no {request.source}")
     tensor = _array(event.payload)
-    if tensor.shape[1:] == expected.shape and tensor.dtype.name == expected.dtype:
+    samples, *sample = tensor.shape or (0,)
+    if samples and tuple(sample) == expected.shape and tensor.dtype.name == expected.dtype:
         return None
     return refusal(
         common_pb2.REFUSAL_CODE_BAD_REQUEST,
         f"{request.vnode} takes {expected.dtype}{list(expected.shape)} a sample from "
-        f"{request.source}, not {tensor.dtype.name}{list(tensor.shape[1:])}",
+        f"{request.source}, not {tensor.dtype.name}{sample} for {samples} samples",
     )
