@@ -10,7 +10,7 @@ import numpy as np
 
 from p2pnet.client.run import fitted
 from p2pnet.client.session import NetworkInfo, Session
-from p2pnet.errors import NotFoundError, RefusedError, UnreachableError
+from p2pnet.errors import NotFoundError, RefusedError, UnreachableError, root_of
 from p2pnet.v1 import common_pb2, vnode_pb2
 from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.tensors import Array, decode, encode
@@ -50,8 +50,11 @@ async def infer(
             part = {name: array[at : at + CHUNK_SAMPLES] for name, array in arrays.items()}
             return await _until_done(session, network, graph, part)
 
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(chunk(at)) for at in range(0, samples, CHUNK_SAMPLES)]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(chunk(at)) for at in range(0, samples, CHUNK_SAMPLES)]
+    except BaseExceptionGroup as errors:
+        raise root_of(errors) from None
     return np.concatenate([task.result() for task in tasks])
 
 

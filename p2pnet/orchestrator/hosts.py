@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from p2pnet.errors import RefusedError, RemoteError
 from p2pnet.keys import ACCEPTANCE, short, verify
+from p2pnet.net.channel import parse
 from p2pnet.orchestrator.placement import HostView
-from p2pnet.v1 import common_pb2, pnode_pb2
+from p2pnet.v1 import common_pb2, pnode_pb2, records_pb2
 from p2pnet.vnode.swarm import Swarm
 
 logger = logging.getLogger(__name__)
@@ -80,8 +81,7 @@ class Hosts:
                 )
                 if reply.HasField("refusal"):
                     raise RefusedError(reply.refusal.detail, code=reply.refusal.code)
-                if any(verify(ACCEPTANCE, accepted) != host for accepted in reply.acceptances):
-                    raise RefusedError("the host signed as somebody else")
+                _check_accepted(host, requests[host], reply.acceptances)
             except RemoteError as error:
                 logger.info("network %s: %s: %s", self._name, short(host), error)
                 self.shun(host)
@@ -159,6 +159,20 @@ class Hosts:
         except RemoteError:
             return False
         return True
+
+
+def _check_accepted(
+    host: str, request: pnode_pb2.AllocateRequest, acceptances: Sequence[common_pb2.Signed]
+) -> None:
+    """Raises RemoteError unless the host has signed just what it was asked for."""
+    said = []
+    for accepted in acceptances:
+        if verify(ACCEPTANCE, accepted) != host:
+            raise RefusedError("the host signed as somebody else")
+        it = parse(records_pb2.Allocation, accepted.payload)
+        said.append((it.network_id, it.vnode, it.host, it.epoch))
+    if said != [(request.network_id, vnode, host, request.epoch) for vnode in request.vnodes]:
+        raise RefusedError("the host agreed to something else than it was asked for")
 
 
 def by_host(placement: Mapping[str, str]) -> dict[str, list[str]]:
