@@ -128,7 +128,7 @@ class Around:
 
     async def keep_record(self, key: bytes, make: Callable[[], common_pb2.Signed]) -> int:
         """See `Swarm`."""
-        holders: int = await self._on_trio(self._put, key, make, timeout_s=DHT_TIMEOUT_S)
+        holders: int = await self._on_trio(self._dht.publish, key, make, timeout_s=DHT_TIMEOUT_S)
         return holders
 
     async def drop_record(self, key: bytes) -> None:
@@ -142,11 +142,6 @@ class Around:
     def emit(self, event: str, **fields: Any) -> None:
         """See `Swarm`."""
         self._events.emit(event, **fields)
-
-    async def _put(self, key: bytes, make: Callable[[], common_pb2.Signed]) -> int:
-        holders = await self._dht.put(make())
-        self._dht.keep(key, make)
-        return holders
 
     async def _unkeep(self, key: bytes) -> None:
         self._dht.unkeep(key)

@@ -206,7 +206,7 @@ async def run_node(
         parts = _Parts(config, data, network, gossip, dht, around, bridge, capabilities, stop, rng)
 
         def leave() -> None:
-            trio.from_thread.run_sync(stop.set, trio_token=token)
+            token.run_sync_soon(stop.set)
 
         token = trio.lowlevel.current_trio_token()
         socket = data.new_socket()
@@ -402,24 +402,27 @@ def _remember_now(parts: _Parts) -> None:
 
 async def _drain(parts: _Parts, host: Host, keypair: KeyPair) -> None:
     """Has the orchestrators move this node's VNodes away before it goes."""
-    claimants = [peer for peer in host.claimants() if peer != keypair.peer_id]
-    if not claimants:
-        return
 
     async def tell(peer_id: str) -> None:
-        await parts.around.call(
-            peer_id,
-            "Orchestrator/Leaving",
-            orchestrator_pb2.LeavingRequest(),
-            orchestrator_pb2.LeavingReply,
-            timeout_s=DRAIN_TIMEOUT_S,
-        )
-
-    for peer_id in claimants:
         try:
-            await parts.bridge.to_asyncio(tell, peer_id, timeout_s=DRAIN_TIMEOUT_S + 1)
-        except (P2PNetError, TimeoutError) as error:
+            await parts.around.call(
+                peer_id,
+                "Orchestrator/Leaving",
+                orchestrator_pb2.LeavingRequest(),
+                orchestrator_pb2.LeavingReply,
+                timeout_s=DRAIN_TIMEOUT_S,
+            )
+        except P2PNetError as error:
             logger.warning("orchestrator %s was not told that we go: %s", short(peer_id), error)
+
+    async def tell_all() -> None:
+        claimants = [peer for peer in host.claimants() if peer != keypair.peer_id]
+        await asyncio.gather(*(tell(peer_id) for peer_id in claimants))
+
+    try:
+        await parts.bridge.to_asyncio(tell_all, timeout_s=DRAIN_TIMEOUT_S + 1)
+    except (P2PNetError, TimeoutError) as error:
+        logger.warning("the VNodes here could not be moved away in time: %s", error)
 
 
 # What the parts tell each other

@@ -17,7 +17,7 @@ from p2pnet.client.local import control_socket
 from p2pnet.client.run import TrainingRun
 from p2pnet.client.session import NetworkInfo, Session
 from p2pnet.datadir import DataDir, default_data_dir
-from p2pnet.errors import LocalError, UsageError
+from p2pnet.errors import UsageError
 from p2pnet.net import identity
 from p2pnet.net.bridge import AsyncioThread
 from p2pnet.v1 import orchestrator_pb2
@@ -305,8 +305,8 @@ class Network:
             self._run = self._client.run(self._begin())
         try:
             return self._client.run(self._run.step(inputs, target), STEP_TIMEOUT_S)
-        except LocalError:
-            self._run = None
+        except BaseException:
+            self.abandon()  # the next step begins a run of its own
             raise
 
     async def _begin(self) -> TrainingRun:

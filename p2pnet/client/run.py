@@ -24,6 +24,7 @@ from p2pnet.errors import (
     UnreachableError,
     UsageError,
 )
+from p2pnet.net.channel import Stream
 from p2pnet.v1 import common_pb2, vnode_pb2
 from p2pnet.v1 import orchestrator_pb2 as pb
 from p2pnet.vnode.draft import TARGET
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 FEED_TIMEOUT_S = 5.0
 STREAM_TIMEOUT_S = 7 * 24 * 3600.0
+RECOVERIES_QUIET = 3  # between two commits; more are worth a word
 STALL_S = 20.0  # without a word after a batch went out: ask the orchestrator to look
 ORCHESTRATOR_GONE_S = 120.0
 RETRY_S = 0.5
@@ -73,6 +75,9 @@ class TrainingRun:
         self._done: asyncio.Future[pb.TrainDone] = asyncio.get_running_loop().create_future()
         self._commands: asyncio.Queue[pb.TrainCommand] = asyncio.Queue()
         self._feeding: asyncio.Task[None] | None = None
+        self._fed_at = 0.0  # when the last batch went out
+        self._again = 0  # recoveries since the last commit
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._main = asyncio.ensure_future(self._run())
 
@@ -123,8 +128,11 @@ class TrainingRun:
 
     async def _or_failure(self, future: asyncio.Future[StepResult] | asyncio.Future[None]
                           | asyncio.Future[pb.TrainDone]) -> None:  # fmt: skip
-        await asyncio.wait((future, self._main), return_when=asyncio.FIRST_COMPLETED)
+        waits = (future, self._main, self._failed)
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         if not future.done():
+            if self._failed.done():
+                self._failed.result()
             if self._main.cancelled():
                 raise LocalError("the training run was closed")
             self._main.result()
@@ -189,17 +197,20 @@ class TrainingRun:
                 await asyncio.gather(sender, return_exceptions=True)
         raise UnreachableError("the orchestrator closed the stream")
 
-    async def _next(self, stream: object) -> pb.TrainEvent | None:
+    async def _next(self, stream: Stream[pb.TrainEvent]) -> pb.TrainEvent | None:
         """The next event; while a step is out and nothing comes, the orchestrator is nudged."""
-        reading = asyncio.ensure_future(stream.read())  # type: ignore[attr-defined]
+        loop = asyncio.get_running_loop()
+        reading = asyncio.ensure_future(stream.read())
         try:
-            while True:
+            while not reading.done():
                 waiting = self._ready.is_set() and self._decided < self._last
-                done, _ = await asyncio.wait({reading}, timeout=STALL_S if waiting else None)
-                if done:
-                    event: pb.TrainEvent | None = reading.result()
-                    return event
-                self._complain("", f"nothing was decided for {STALL_S:g} s")
+                left_s = self._fed_at + STALL_S - loop.time() if waiting else STALL_S
+                if left_s <= 0:
+                    self._complain("", f"nothing was decided for {STALL_S:g} s")
+                    self._fed_at = loop.time()
+                    continue
+                await asyncio.wait({reading}, timeout=left_s)
+            return reading.result()
         finally:
             reading.cancel()
 
@@ -218,11 +229,19 @@ class TrainingRun:
                 )
             self._feed_next()
         elif what == "committed":
+            self._again = 0
             for step in [step for step in self._held if step <= event.committed.step]:
                 del self._held[step]
         elif what == "recovering":
             self._ready.clear()
             self.recoveries.append(event.recovering.reason)
+            self._again += 1
+            if self._again > RECOVERIES_QUIET:
+                logger.warning(
+                    "network %s gets no further than its last commit: %s",
+                    self._network.name,
+                    event.recovering.reason,
+                )
         elif what == "refused":
             refusal = event.refused
             if refusal.code == common_pb2.REFUSAL_CODE_BAD_REQUEST:
@@ -255,6 +274,7 @@ class TrainingRun:
             return
         if self._feeding is not None:
             self._feeding.cancel()  # of an epoch that is over, or done
+        self._fed_at = asyncio.get_running_loop().time()
         self._feeding = asyncio.ensure_future(self._feed(self._epoch, step))
 
     async def _feed(self, epoch: int, step: int) -> None:
@@ -265,7 +285,11 @@ class TrainingRun:
             for name, array in (*inputs.items(), (TARGET, target))
             for vnode, slot in self._graph.consumers(name)
         ]
-        await asyncio.gather(*hops)
+        try:
+            await asyncio.gather(*hops)
+        except P2PNetError as error:  # not of a peer: a bad batch, or our own node is gone
+            if not self._failed.done():
+                self._failed.set_exception(error)
 
     async def _hop(
         self, epoch: int, step: int, vnode: str, name: str, slot: int, array: Array
@@ -288,6 +312,9 @@ class TrainingRun:
         except RemoteError as error:
             self._complain(host, f"{vnode} cannot be fed: {error}")
             return
+        if reply.refusal.code == common_pb2.REFUSAL_CODE_BAD_REQUEST:
+            # whoever hosts it next would say the same
+            raise UsageError(f"network {self._network.name}: {reply.refusal.detail}")
         if reply.HasField("refusal"):
             self._complain(host, f"{vnode} refuses a batch: {reply.refusal.detail}")
 

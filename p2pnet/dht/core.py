@@ -84,10 +84,10 @@ class Kademlia:
                 self.local.table.moved(peer_id, addrs)
             case ev.PeerGone(peer_id):
                 self.local.table.remove(peer_id)
-            case ev.Keep(record):
+            case ev.Keep(record, op_id):
                 self._upkeep.keep(record, now)
                 search = RecordPlacement(self.local, [record], now, _UPKEEP_TIMEOUT_S)
-                self._start(search, partial(self._kept, record.key), now)
+                self._start(search, partial(self._kept, record.key, op_id), now)
             case ev.Unkeep(key):
                 self._upkeep.unkeep(key)
             case ev.Unprovide(key):
@@ -190,9 +190,11 @@ class Kademlia:
     def _done(self, op_id: int, result: ev.Result, now: float) -> None:
         self._effects.append(ev.OperationDone(op_id, result))
 
-    def _kept(self, key: bytes, result: ev.Result, now: float) -> None:
+    def _kept(self, key: bytes, op_id: int, result: ev.Result, now: float) -> None:
         if isinstance(result, ev.Failed):
             self._upkeep.keep_failed(key, now)
+        if op_id:
+            self._done(op_id, result, now)
 
     def _republished(self, result: ev.Result, now: float) -> None:
         self._republishing -= 1

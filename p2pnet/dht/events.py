@@ -69,9 +69,13 @@ class Unprovide:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Keeps a record of our own alive: puts it, and asks for a newer one in time."""
+    """Keeps a record of our own alive: puts it, and asks for a newer one in time.
+
+    Where `op_id` is not 0, somebody wants to know what became of the put.
+    """
 
     record: OpenRecord
+    op_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)

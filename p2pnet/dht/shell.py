@@ -156,11 +156,31 @@ class Dht:
         time, and LocalError for a record that every peer would refuse; a later failure
         of `make` is logged, and tried again soon.
         """
+        self._keep(key, make, 0)
+
+    async def publish(
+        self, key: bytes, make: Callable[[], common_pb2.Signed], timeout_s: float = TIMEOUT_S
+    ) -> int:
+        """As `keep`, and returns how many peers took the record the first time, us included.
+
+        Raises:
+            UnreachableError: nobody took it so far; it is kept all the same.
+        """
+
+        def begin(op_id: int) -> float:
+            self._keep(key, make, op_id)
+            return timeout_s
+
+        result = await self._wait_for(begin)
+        assert isinstance(result, ev.Stored)
+        return result.holders
+
+    def _keep(self, key: bytes, make: Callable[[], common_pb2.Signed], op_id: int) -> None:
         record = self._open(make())
         if record.key != key:
             raise LocalError("a record to be kept under another key than its own")
         self._makers[key] = make
-        self._feed(ev.Keep(record))
+        self._feed(ev.Keep(record, op_id))
 
     def unkeep(self, key: bytes) -> None:
         """Lets the record that is kept under a key run out."""
@@ -256,17 +276,25 @@ class Dht:
                 self._feed(Tick())
 
     async def _operate(self, make: Callable[[int], ev.Operation]) -> ev.Result:
+        def begin(op_id: int) -> float:
+            operation = make(op_id)
+            self._feed(operation)
+            return operation.timeout_s
+
+        return await self._wait_for(begin)
+
+    async def _wait_for(self, begin: Callable[[int], float]) -> ev.Result:
+        """Waits for the operation that `begin` starts, for as many seconds as that returns."""
         if self._nursery is None:
             raise CancelledByUs("the DHT is not running")
         self._last_id += 1
-        operation = make(self._last_id)
-        waiting = self._waiting[operation.op_id] = _Waiting()
+        op_id = self._last_id
+        waiting = self._waiting[op_id] = _Waiting()
         try:
-            self._feed(operation)
-            with trio.move_on_after(operation.timeout_s + _GRACE_S):
+            with trio.move_on_after(begin(op_id) + _GRACE_S):
                 await waiting.done.wait()
         finally:
-            del self._waiting[operation.op_id]
+            del self._waiting[op_id]
         if self._nursery is None:
             raise CancelledByUs("the DHT is shutting down")
         if isinstance(waiting.result, ev.Failed):

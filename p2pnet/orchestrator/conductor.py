@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from p2pnet.core import Tick
 from p2pnet.errors import P2PNetError, RefusedError, RemoteError, UnreachableError, UsageError
@@ -32,6 +31,7 @@ from p2pnet.orchestrator.ledger import (
 from p2pnet.orchestrator.network_log import NetworkLog
 from p2pnet.orchestrator.placement import place
 from p2pnet.orchestrator.publish import Publisher
+from p2pnet.tasks import TaskSet
 from p2pnet.v1 import common_pb2, orchestrator_pb2, pnode_pb2
 from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.shell import BATCH_SAMPLES
@@ -46,6 +46,9 @@ FUTILE_MAX = 3
 FIRST_TRIES = 5  # for a network that was never placed
 BACKOFF_MAX_S = 2.0
 READY_TIMEOUT_S = 30.0
+LEAVE_TIMEOUT_S = 12.0
+REASON_CHARS_MAX = 200
+OUR_ERROR = "an error of this orchestrator: see its log"
 RELOCATIONS_KEPT = 1000
 
 TrainEvent = orchestrator_pb2.TrainEvent
@@ -77,7 +80,7 @@ class Conductor:
         self.epoch = 0
         self.placement: dict[str, str] = {}  # VNode -> peer id
         self.hosts = Hosts(swarm, graph.name)
-        self.cuts = Cuts(swarm, log, self.hosts, network_id, states)
+        self.cuts = Cuts(swarm, log, self.hosts, network_id, graph, states)
         self._swarm = swarm
         self._log = log
         self._state_url = state_url
@@ -85,10 +88,10 @@ class Conductor:
         self._relocations: list[orchestrator_pb2.Relocation] = []
         self._health: dict[str, pnode_pb2.HostedVNode] = {}
         self._steps_decided = 0
-        self._futile = 0  # recoveries since a step was decided
+        self._futile = 0  # recoveries since the last commit
         self._step_bytes = 0
         self._ledger = self._new_ledger()
-        self._troubles: asyncio.Queue[tuple[str, str]] = asyncio.Queue(maxsize=64)
+        self._troubles: asyncio.Queue[str] = asyncio.Queue(maxsize=64)
         self._noticed_at: float | None = None  # since when something is wrong
         self._ready = asyncio.Event()
         self._changed = asyncio.Event()  # a peer is there that was not
@@ -96,7 +99,9 @@ class Conductor:
         self._dirty = False  # steps after the committed one may be under way
         self._last_step: int | None = None  # of the feeder, once it has no more batches
         self._last_cut: asyncio.Task[None] | None = None  # after the last feeder has left
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._last_decided: orchestrator_pb2.StepDecided | None = None
+        self._feeder_peer = ""
+        self._tasks = TaskSet(f"network {graph.name}", lambda error: self.trouble(OUR_ERROR))
 
     # What the service calls
 
@@ -111,15 +116,22 @@ class Conductor:
         await self._establish("submitted")
         if self.cuts.states:  # a submitted model's own weights: into the log before all else
             await self.cuts.make(self.placement, self.epoch, 0)
-        self._spawn(self._keep())
-        self._spawn(self._watch())
+        self._tasks.spawn(self._keep())
+        self._tasks.spawn(self._watch())
 
     async def stop(self) -> None:
         """Stops everything in the background."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         await self._log.close()
+
+    async def abandon(self) -> None:
+        """Stops, takes back what was published, and lets hosts go that have agreed."""
+        await self.stop()
+        await self._publisher.close()
+        self.hosts.lost(list(self.placement.values()), [])
+        await self.hosts.release(
+            pnode_pb2.DropRequest(network_id=self.network_id, epoch=self.epoch)
+        )
 
     def report(self, request: orchestrator_pb2.ReportRequest, size_bytes: int) -> None:
         """A VNode's report of a step: held gradients, or trouble."""
@@ -134,20 +146,22 @@ class Conductor:
                     request.vnode, step.epoch, step.step, held.loss, held.correct, held.samples
                 )
             )
-        elif request.trouble.bad_input:
+            return
+        trouble, reason = request.trouble, request.trouble.reason[:REASON_CHARS_MAX]
+        if trouble.bad_input:
             self._dirty = True
-            self._refuse_feeder(common_pb2.REFUSAL_CODE_BAD_REQUEST, request.trouble.reason)
-        else:
-            if not request.trouble.host:  # its own failure
-                self.hosts.shun(self.placement[request.vnode])
-            self.trouble(f"{request.vnode}: {request.trouble.reason}", request.trouble.host)
+            self._refuse_feeder(common_pb2.REFUSAL_CODE_BAD_REQUEST, reason)
+            return
+        if not trouble.host:  # its own failure
+            self.hosts.shun(self.placement[request.vnode])
+        self.trouble(f"{request.vnode}: {reason}", trouble.host)
 
     def trouble(self, reason: str, host: str = "") -> None:
         """Something is wrong under the present epoch; `host` is the suspect, if there is one."""
         if self._noticed_at is None:
             self._noticed_at = self._swarm.now()
         if not self._troubles.full():
-            self._troubles.put_nowait((reason, host))
+            self._troubles.put_nowait(reason)
         logger.info("network %s: %s %s", self.graph.name, reason, host and f"({short(host)})")
 
     def member_gone(self, peer_id: str, why: str) -> None:
@@ -161,16 +175,22 @@ class Conductor:
         self._changed.set()
 
     async def leaving(self, peer_id: str) -> None:
-        """A host is about to go: commits what is decided, then moves its VNodes away."""
-        self.hosts.leaves(peer_id)
-        if peer_id not in self.placement.values():
+        """A host is about to go: commits what is decided, then moves its VNodes away.
+
+        Raises:
+            TimeoutError: the network is not placed anew in time.
+            P2PNetError: what is decided could not be committed.
+        """
+        if peer_id not in self.placement.values() or self.state == "lost":
             return
-        await asyncio.wait_for(self._ready.wait(), READY_TIMEOUT_S)
-        if self._feeder is None:  # a feeder replays what is not committed
-            await self.commit()
-        self._ready.clear()
-        self.trouble(f"peer {short(peer_id)} is leaving", peer_id)
-        await asyncio.wait_for(self._ready.wait(), READY_TIMEOUT_S)
+        self.hosts.leaves(peer_id)
+        async with asyncio.timeout(LEAVE_TIMEOUT_S):
+            await self._ready.wait()
+            if self._feeder is None and self._undecided_work():  # a feeder replays it
+                await self.commit()
+            self._ready.clear()
+            self.trouble(f"peer {short(peer_id)} is leaving", peer_id)
+            await self._ready.wait()
 
     async def commit(self) -> None:
         """A cut of the present state, where there is none; raises P2PNetError."""
@@ -189,12 +209,16 @@ class Conductor:
                 code=int(common_pb2.REFUSAL_CODE_BUSY),
             )
 
-    async def train(self) -> asyncio.Queue[TrainEvent]:
+    async def train(self, peer_id: str) -> asyncio.Queue[TrainEvent]:
         """Takes a feeder; what it is to be told comes out of the queue.
 
         Raises:
             RefusedError: another feeder is at work.
         """
+        if self._feeder is not None and peer_id == self._feeder_peer:
+            # It comes back by another way, before we have noticed that it was gone.
+            self._refuse_feeder(common_pb2.REFUSAL_CODE_BUSY, "the feeder has come back")
+            self.feeder_left(self._feeder)
         if self._feeder is None and self._last_cut is not None:
             await asyncio.wait((self._last_cut,))  # of the feeder before: we go on from there
         if self._feeder is not None:
@@ -203,6 +227,7 @@ class Conductor:
                 code=int(common_pb2.REFUSAL_CODE_BUSY),
             )
         self._feeder = asyncio.Queue()
+        self._feeder_peer = peer_id
         self._last_step = None
         if self._dirty:  # half a step of the feeder before may be under way: begin an epoch
             self._ready.clear()
@@ -216,14 +241,16 @@ class Conductor:
         self._last_step = last_step
         self._feed_ledger(EndOfData(last_step))
 
-    def feeder_left(self) -> None:
-        """The feeder's stream is closed."""
+    def feeder_left(self, feeder: asyncio.Queue[TrainEvent]) -> None:
+        """A feeder's stream is closed."""
+        if feeder is not self._feeder:  # it is here again already
+            return
         self._feeder = None
         if self.state == "training":
             self.state = "ready"
         if self._ready.is_set() and self._undecided_work():
             # not in the call of the feeder, which is cancelled if it hangs up first
-            self._last_cut = self._spawn(self._cut_the_rest(self.epoch, self._ledger.decided))
+            self._last_cut = self._tasks.spawn(self._cut_the_rest(self.epoch, self._ledger.decided))
 
     async def _cut_the_rest(self, epoch: int, step: int) -> None:
         """Keeps what was decided; a half-done step is dropped at the next epoch."""
@@ -264,7 +291,7 @@ class Conductor:
     async def _keep(self) -> None:
         """Deals with one trouble after the other, for as long as the network is ours."""
         while True:
-            reason, _ = await self._troubles.get()
+            reason = await self._troubles.get()
             if self._futile > FUTILE_MAX:  # each try is an entry of the log
                 await asyncio.sleep(min(0.1 * 2 ** (self._futile - FUTILE_MAX), WAIT_S))
             self._futile += 1
@@ -274,8 +301,11 @@ class Conductor:
                 self.state, self.detail = "lost", str(error)
                 self._refuse_feeder(common_pb2.REFUSAL_CODE_STALE_EPOCH, str(error))
                 logger.error("network %s: %s", self.graph.name, error)
+                await self._publisher.close()
                 return
-            except P2PNetError as error:  # no majority of keepers, say: not for ever
+            except Exception as error:  # no majority of keepers, say, or an error of ours
+                if not isinstance(error, P2PNetError):
+                    logger.exception("network %s: %s", self.graph.name, OUR_ERROR)
                 self._wait_because(error)
                 await self._wait_for_peers()
                 self.trouble(reason)
@@ -309,7 +339,8 @@ class Conductor:
         self._note_relocations(placement, reason, noticed_at)
         self.hosts.lost(list(self.placement.values()), list(placement.values()))
         self.placement = placement
-        self._forget_old_troubles()
+        while not self._troubles.empty():  # of the epochs before; heartbeats see what is left
+            self._troubles.get_nowait()
         self._noticed_at = None
         self.state, self.detail = "ready", ""
         self._dirty = False
@@ -318,13 +349,6 @@ class Conductor:
         self._ready.set()
         if self._feeder is not None:
             self._feeder_may_begin()
-
-    def _forget_old_troubles(self) -> None:
-        """What was said of the epochs before is dealt with, but for hosts that are still ours."""
-        for _ in range(self._troubles.qsize()):
-            reason, host = self._troubles.get_nowait()
-            if host in self.placement.values():
-                self._troubles.put_nowait((reason, host))
 
     async def _placement(self, *, probe: bool) -> dict[str, str]:
         present = sorted(set(self.placement.values())) if probe else []
@@ -383,7 +407,7 @@ class Conductor:
             )
         del self._relocations[:-RELOCATIONS_KEPT]
 
-    def _wait_because(self, error: P2PNetError) -> None:
+    def _wait_because(self, error: Exception) -> None:
         self.state, self.detail = "waiting", str(error)
         logger.warning("network %s waits: %s", self.graph.name, error)
 
@@ -420,6 +444,11 @@ class Conductor:
             graph=self.graph.to_json(),
         )
         self._tell(TrainEvent(ready=ready))
+        decided = self._last_decided
+        if decided is not None and decided.step == self.cuts.step:
+            # It may have been committed, and the feeder cut off before it heard of it.
+            decided.epoch = self.epoch
+            self._tell(TrainEvent(decided=decided))
         if self._last_step is not None:
             self._feed_ledger(EndOfData(self._last_step))
 
@@ -430,7 +459,7 @@ class Conductor:
                 case Decide():
                     self._decided(ledger.epoch, effect)
                 case Cut():
-                    self._spawn(self._cut(effect.step, ledger))
+                    self._tasks.spawn(self._cut(effect.step, ledger))
                 case Finished():
                     self._dirty = False
                     self.state = "ready"
@@ -442,7 +471,6 @@ class Conductor:
 
     def _decided(self, epoch: int, effect: Decide) -> None:
         self._steps_decided += 1
-        self._futile = 0
         decided = orchestrator_pb2.StepDecided(
             epoch=epoch,
             step=effect.step,
@@ -450,6 +478,7 @@ class Conductor:
             correct=effect.correct,
             samples=effect.samples,
         )
+        self._last_decided = decided
         self._tell(TrainEvent(decided=decided))
         self._swarm.emit("decided", network=self.graph.name, step=effect.step, epoch=epoch)
 
@@ -461,6 +490,7 @@ class Conductor:
             if ledger is self._ledger:
                 self.trouble(f"the cut at step {step} failed: {error}")
             return
+        self._futile = 0
         self._tell(TrainEvent(committed=orchestrator_pb2.Committed(step=step)))
         if ledger is self._ledger:
             self._feed_ledger(Saved(step))
@@ -485,11 +515,13 @@ class Conductor:
         request = pnode_pb2.HeartbeatRequest(
             network_id=self.network_id, epoch=epoch, lease_s=LEASE_S
         )
-        healthy, wrong = await self.hosts.heartbeat(host, request, vnodes)
+        healthy, wrong, lost = await self.hosts.heartbeat(host, request, vnodes)
         if epoch != self.epoch or not self._ready.is_set():
             return
         for hosted in healthy:
             self._health[hosted.vnode] = hosted
+        if lost:
+            self.hosts.shun(host)
         if wrong:
             self.trouble(wrong, host)
 
@@ -501,15 +533,3 @@ class Conductor:
     def _tell(self, event: TrainEvent) -> None:
         if self._feeder is not None:
             self._feeder.put_nowait(event)  # the feeder sends a step at a time, so this is short
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended_task)
-        return task
-
-    def _ended_task(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("network %s: a task died", self.graph.name, exc_info=error)
-            self.trouble("an error of this orchestrator: see its log")

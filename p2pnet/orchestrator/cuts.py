@@ -10,11 +10,13 @@ from p2pnet.keys import short
 from p2pnet.orchestrator.hosts import Hosts, by_host
 from p2pnet.orchestrator.network_log import NetworkLog
 from p2pnet.v1 import common_pb2, vnode_pb2
+from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.swarm import Swarm
 
 SAVE_TIMEOUT_S = 30.0
 RETAIN_TIMEOUT_S = 2.0
 BLOB_COPIES = 2  # beside the host's own
+BYTES_A_SECOND = 1_000_000  # what a slow volunteer sends
 
 
 class Cuts:
@@ -26,6 +28,7 @@ class Cuts:
         log: NetworkLog,
         hosts: Hosts,
         network_id: str,
+        graph: CompiledGraph,
         initial: Mapping[str, common_pb2.BlobRef],
     ) -> None:
         self._swarm = swarm
@@ -33,6 +36,7 @@ class Cuts:
         self._hosts = hosts
         self._network_id = network_id
         self._initial = dict(initial)
+        self._sizes = {vnode: graph.node(vnode).state_bytes for vnode in graph.vnodes()}
         self._one_at_a_time = asyncio.Lock()
 
     @property
@@ -80,8 +84,10 @@ class Cuts:
             vnodes=vnodes,
             copy_to=self._others(host),
         )
+        size_bytes = sum(self._sizes[vnode] for vnode in vnodes)
+        timeout_s = SAVE_TIMEOUT_S + size_bytes * (1 + BLOB_COPIES) / BYTES_A_SECOND
         reply = await self._swarm.call(
-            host, "VNode/Save", request, vnode_pb2.SaveReply, timeout_s=SAVE_TIMEOUT_S
+            host, "VNode/Save", request, vnode_pb2.SaveReply, timeout_s=timeout_s
         )
         if reply.HasField("refusal"):
             raise RefusedError(reply.refusal.detail, code=reply.refusal.code)
@@ -90,17 +96,15 @@ class Cuts:
         return reply.states
 
     def _others(self, host: str) -> list[str]:
-        """Who gets copies of a host's states: others that are well, not the same for all."""
+        """Who gets copies of a host's states: those that are well first, not the same for all."""
         others = [
             member.peer_id
             for member in self._swarm.members()
-            if member.alive
-            and member.hosting
-            and member.peer_id != host
-            and self._hosts.well(member.peer_id)
+            if member.alive and member.hosting and member.peer_id != host
         ]
         at = sum(host.encode()) % max(1, len(others))
-        return (others[at:] + others[:at])[:BLOB_COPIES]
+        turned = others[at:] + others[:at]
+        return sorted(turned, key=lambda peer: not self._hosts.well(peer))[:BLOB_COPIES]
 
     async def _retain(self, keep: Sequence[common_pb2.BlobRef]) -> None:
         """Lets holders drop what the last two commits do not name."""

@@ -117,8 +117,12 @@ class Hosts:
 
     async def heartbeat(
         self, host: str, request: pnode_pb2.HeartbeatRequest, vnodes: Sequence[str]
-    ) -> tuple[Sequence[pnode_pb2.HostedVNode], str]:
-        """Renews a host's lease: how its VNodes are, and what is wrong ("" if nothing is)."""
+    ) -> tuple[Sequence[pnode_pb2.HostedVNode], str, bool]:
+        """Renews a host's lease.
+
+        Returns how its VNodes are, what is wrong ("" if nothing is), and whether it
+        answers and no longer runs what it should.
+        """
         try:
             reply = await self._swarm.call(
                 host,
@@ -130,16 +134,16 @@ class Hosts:
         except RemoteError as error:
             self._missed[host] = self._missed.get(host, 0) + 1
             if self._missed[host] < HEARTBEATS_MISSED_MAX:
-                return (), ""
+                return (), "", False
             self._missed[host] = 0
-            return (), f"peer {short(host)} misses heartbeats: {error}"
+            return (), f"peer {short(host)} misses heartbeats: {error}", False
         self._missed[host] = 0
         running = {hosted.vnode for hosted in reply.vnodes if not hosted.error}
         lost = sorted(set(vnodes) - running)
         if reply.HasField("refusal") or lost:
-            self.shun(host)
-            return (), f"peer {short(host)} no longer runs {', '.join(lost or vnodes)}"
-        return list(reply.vnodes), ""
+            return (), f"peer {short(host)} no longer runs {', '.join(lost or vnodes)}", True
+        rows = {hosted.vnode: hosted for hosted in reply.vnodes}
+        return [rows[vnode] for vnode in vnodes], "", False
 
     def shun(self, peer_id: str) -> None:
         """Places nothing there for a while."""

@@ -67,6 +67,10 @@ class KeeperService:
         return reply
 
     async def _answer(self, event: Event) -> object:
+        # A caller that gives up must not let go of the lock while a thread still writes.
+        return await asyncio.shield(asyncio.ensure_future(self._one_answer(event)))
+
+    async def _one_answer(self, event: Event) -> object:
         async with self._one_at_a_time:
             if self._broken:  # the core has promised what the disk does not know
                 raise ResourceError(self._broken)

@@ -68,8 +68,10 @@ class NetworkLog(ABC):
                 )
                 if await self._append(entry):
                     return self.history.epoch
-                if self.history.epoch != before:  # another's claim took the slot
-                    break
+                if self.history.epoch != before:  # another claim took the slot
+                    if self.history.orchestrator != self._swarm.keypair.peer_id:
+                        break
+                    return self.history.epoch  # one of ours, which we had given up
                 # A commit of ours did, which we had given up: it counts after all.
             raise self._taken()
 
@@ -89,7 +91,9 @@ class NetworkLog(ABC):
                 if await self._append(entry):
                     return
                 if self.history.epoch != epoch:
-                    break
+                    if self.history.orchestrator != self._swarm.keypair.peer_id:
+                        break
+                    raise RefusedError("a newer epoch has begun meanwhile")
                 committed = self.history.commit
                 if committed is not None and committed.step >= step:
                     return  # by a commit of ours, which we had given up

@@ -39,6 +39,7 @@ class Publisher:
         self._state_url = state_url
         self._ttl_s = ttl_s
         self._sequence = 0
+        self._keys: dict[bytes, None] = {}
 
     async def publish(
         self,
@@ -67,12 +68,21 @@ class Publisher:
             key = vnode_key(self._network_id, allocation.vnode)
             body = accepted.SerializeToString(deterministic=True)
             jobs.append((key, self._maker(key, records_pb2.RECORD_KIND_ALLOCATION, epoch, body)))
+        self._keys.update(dict.fromkeys(key for key, _ in jobs))
         puts = [asyncio.ensure_future(self._swarm.keep_record(*job)) for job in jobs]
         _, late = await asyncio.wait(puts, timeout=PUBLISH_TIMEOUT_S)
         for put in puts:
             put.add_done_callback(_note)
         if late:
             logger.info("network %s: %d records are not in the DHT yet", self._name, len(late))
+
+    async def close(self) -> None:
+        """Lets the records run out."""
+        for key in self._keys:
+            try:
+                await self._swarm.drop_record(key)
+            except P2PNetError as error:
+                logger.info("a record could not be let go: %s", error)
 
     def _maker(
         self, key: bytes, kind: records_pb2.RecordKind, epoch: int, body: bytes

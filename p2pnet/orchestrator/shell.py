@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
 from p2pnet.dht.manifest import grants, network_id_of, open_manifest
 from p2pnet.errors import P2PNetError, RefusedError
-from p2pnet.keys import sha256
+from p2pnet.keys import sha256, short
 from p2pnet.net.handlers import Caller, Method, bidi, unary
 from p2pnet.orchestrator.conductor import Conductor
 from p2pnet.orchestrator.network_log import open_log
@@ -75,8 +75,12 @@ class Orchestrator:
     async def _begin(self, request: pb.SubmitRequest) -> Conductor:
         manifest = open_manifest(request.manifest)
         network_id = network_id_of(request.manifest)
-        if network_id in self._networks:  # said twice: the same answer
-            return self._networks[network_id]
+        if (known := self._networks.get(network_id)) is not None:  # said twice: the same answer
+            if not known.placement:
+                raise RefusedError(
+                    f"{manifest.name} is being placed", code=int(common_pb2.REFUSAL_CODE_BUSY)
+                )
+            return known
         if len(self._networks) >= NETWORKS_MAX:
             raise RefusedError(f"this orchestrator looks after {NETWORKS_MAX} networks already")
         graph = CompiledGraph.from_json(request.graph)
@@ -99,7 +103,7 @@ class Orchestrator:
             await conductor.start()
         except BaseException:
             del self._networks[network_id]
-            await conductor.stop()
+            await conductor.abandon()
             raise
         return conductor
 
@@ -151,20 +155,31 @@ class Orchestrator:
         return pb.CommitReply(step=network.cuts.step, states=network.cuts.states)
 
     async def _leaving(self, request: pb.LeavingRequest, caller: Caller) -> pb.LeavingReply:
-        for network in list(self._networks.values()):
-            await network.leaving(caller.peer_id)
+        networks = list(self._networks.values())
+        moved = await asyncio.gather(
+            *(network.leaving(caller.peer_id) for network in networks), return_exceptions=True
+        )
+        for network, result in zip(networks, moved, strict=True):
+            if isinstance(result, Exception):
+                logger.warning(
+                    "network %s: peer %s goes before its VNodes are moved: %s",
+                    network.graph.name, short(caller.peer_id), result or "not in time",
+                )  # fmt: skip
         return pb.LeavingReply()
 
     async def _train(
         self, commands: AsyncIterator[pb.TrainCommand], caller: Caller
     ) -> AsyncGenerator[pb.TrainEvent, None]:
-        begin = (await anext(commands)).begin
+        first = await anext(commands, None)
+        if first is None:
+            return
+        begin = first.begin
         network = self._find(begin.network_id)
         if network is None:
             yield pb.TrainEvent(refused=_unknown())
             return
         try:
-            events = await network.train()
+            events = await network.train(caller.peer_id)
         except RefusedError as error:
             yield pb.TrainEvent(refused=_refusal(error))
             return
@@ -184,7 +199,8 @@ class Orchestrator:
                 if event.HasField("done") or event.HasField("refused"):
                     return
         finally:
-            network.feeder_left()  # before any await: a client that hangs up cancels this call
+            # Before any await: a client that hangs up cancels this call.
+            network.feeder_left(events)
             listener.cancel()
             await asyncio.gather(listener, return_exceptions=True)
 
