@@ -26,7 +26,8 @@ SETTLE_S_MAX = 10.0
 TRIES = 3
 RETRY_S = 1.0
 DHT_TIMEOUT_S = 10.0
-_CROSSING_S = 35.0
+GET_TIMEOUT_S = 25.0
+_CROSSING_S = 20.0
 EVENTS_TIMEOUT_S = 24 * 3600.0
 BREAK_TIMEOUT_S = 600.0
 
@@ -106,10 +107,26 @@ class Control:
         return None if advert is None else advert.signed
 
     async def _find(self, request: pb.FindNetworkRequest, caller: Caller) -> pb.FindNetworkReply:
-        found: list[OpenRecord] = []
-        for key in (name_key(request.name), network_key(request.name)):
-            found += await self._on_trio(self._get, key)
+        found: list[OpenRecord] = await self._on_trio(self._networks, request.name)
         return pb.FindNetworkReply(records=[record.signed for record in found])
+
+    async def _networks(self, name: str) -> list[OpenRecord]:
+        """By name, and by id."""
+        found: list[OpenRecord] = []
+        failed: list[RemoteError] = []
+
+        async def ask(key: bytes) -> None:
+            try:
+                found.extend(await self._get(key))
+            except RemoteError as error:
+                failed.append(error)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask, name_key(name))
+            nursery.start_soon(ask, network_key(name))
+        if failed and not found:
+            raise failed[0]
+        return found
 
     async def _where_is(self, request: pb.WhereIsRequest, caller: Caller) -> pb.WhereIsReply:
         rows: list[pb.WhereIsRow] = await self._on_trio(
@@ -151,6 +168,11 @@ class Control:
         return rows
 
     async def _get(self, key: bytes) -> list[OpenRecord]:
+        with trio.move_on_after(GET_TIMEOUT_S):  # before the client gives us up
+            return await self._try_to_get(key)
+        raise UnreachableError("the DHT does not answer in time: ask again in a moment")
+
+    async def _try_to_get(self, key: bytes) -> list[OpenRecord]:
         with trio.move_on_after(SETTLE_S_MAX):
             await self.settled().wait()
         if self.lost():

@@ -25,6 +25,7 @@ from typing import IO, Any, Protocol
 from p2pnet.client import Client, Network
 from p2pnet.client.session import Session
 from p2pnet.data.datasets import batches, open_data
+from p2pnet.datadir import DataDir
 from p2pnet.errors import LocalError, P2PNetError
 from p2pnet.keys import short
 from p2pnet.v1 import control_pb2
@@ -290,7 +291,7 @@ class _Demo:
         node = self._swarm.by_peer(place[vnode])
 
         async def stop_and_kill() -> None:
-            session = Session(node.data_dir / "control.sock")
+            session = Session(DataDir(node.data_dir).socket())
             try:
                 reached = await session.control(
                     "Break",

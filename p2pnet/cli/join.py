@@ -63,10 +63,13 @@ def join(
     import trio
 
     from p2pnet.bootstrap import read_all
+    from p2pnet.data.blobs import path_of
     from p2pnet.dht.shell import KAD_PROTOCOL
     from p2pnet.keys import short
     from p2pnet.node import NodeConfig, NodeInfo, run_node
 
+    if state_url:
+        path_of(state_url)  # what is wrong with it is said now, not at the first submission
     peers = read_all(bootstrap)
     for problem in peers.problems:
         click.echo(f"p2pnet: {problem}", err=True)

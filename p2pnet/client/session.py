@@ -17,7 +17,7 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from p2pnet.clock import wall_ms
-from p2pnet.data.blobs import open_state
+from p2pnet.data.blobs import open_state, path_of
 from p2pnet.dht.keyspace import network_key, peer_position, position
 from p2pnet.dht.manifest import network_id_of
 from p2pnet.errors import (
@@ -334,6 +334,8 @@ class Session:
             UsageError: the store cannot be read from here.
         """
         if state_url:
+            if not path_of(state_url).is_dir():  # a record's word; nothing is made for it here
+                raise UsageError(f"the states are in {state_url}, which cannot be read from here")
             return await asyncio.to_thread(
                 open_state(state_url, BLOBS_BYTES_MAX).get, ref.digest.hex()
             )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from p2pnet.errors import ResourceError, UsageError
+from p2pnet.datadir import write_whole
+from p2pnet.errors import UsageError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -33,11 +34,6 @@ def read_npy(path: Path) -> Array:
 
 def write_npy(path: Path, array: Array) -> None:
     """Writes an array, all or nothing; raises ResourceError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ResourceError(f"{path} cannot be written: {error.strerror}") from error
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    write_whole(path, file.getvalue())

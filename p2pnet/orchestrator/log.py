@@ -15,9 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from google.protobuf.message import DecodeError
 
 from p2pnet import keys
+from p2pnet.dht.manifest import grants, network_id_of, open_manifest
 from p2pnet.errors import ForgedError, MalformedError
 from p2pnet.keys import KeyPair, sha256
-from p2pnet.v1 import common_pb2, log_pb2, records_pb2
+from p2pnet.v1 import common_pb2, log_pb2
 
 ENTRY_BYTES_MAX = 4 << 20
 KEEPERS_MAX = 9
@@ -46,16 +47,9 @@ def manifest_grants(network_id: str, signed: common_pb2.Signed, peer_id: str) ->
         MalformedError: not a manifest.
         ForgedError: not signed by its owner, or another network's.
     """
-    if sha256(signed.payload)[:16].hex() != network_id:
+    if network_id_of(signed) != network_id:
         raise ForgedError(f"a manifest is not that of network {network_id}")
-    keys.verify(keys.MANIFEST, signed)
-    try:
-        manifest = records_pb2.Manifest.FromString(signed.payload)
-    except DecodeError:
-        raise MalformedError("a manifest does not parse") from None
-    if manifest.owner != signed.public_key:
-        raise ForgedError("a manifest is not signed by its owner")
-    return manifest.any_orchestrator or peer_id in manifest.orchestrators
+    return grants(open_manifest(signed), peer_id)
 
 
 class History:

@@ -19,6 +19,7 @@ def manifest(*granted: KeyPair, anybody: bool = False) -> common_pb2.Signed:
     body = records_pb2.Manifest(
         owner=OWNER.public_key,
         name="digits",
+        spec_digest=bytes(32),
         any_orchestrator=anybody,
         orchestrators=[pair.peer_id for pair in granted],
     )
