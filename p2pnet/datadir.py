@@ -124,7 +124,7 @@ class DataDir:
             if file.stat().st_size > _PEERS_FILE_BYTES_MAX:
                 return []
             peers = json.loads(file.read_text())
-        except (OSError, ValueError):  # only a hint: a node starts without it
+        except (OSError, ValueError, RecursionError):  # only a hint: a node starts without it
             return []
         if not isinstance(peers, list):
             return []

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from p2pnet.errors import SpecError
+from p2pnet.vnode.draft import DTYPE
 from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.hosted import HostedComponent
 from p2pnet.vnode.state import BUFFER, PARAM, decode_state, encode_state
@@ -32,7 +33,7 @@ def spec_of(
     from p2pnet.vnode.catalogue import find_component
 
     nodes: list[dict[str, Any]] = []
-    for layer_id, layer in _layers(model, ""):
+    for layer_id, layer in _layers(model):
         kind = find_component(f"layer {layer_id}", type(layer).__name__)
         keys = [key.name for key in kind.keys]
         config: dict[str, Any] = {
@@ -69,8 +70,15 @@ def spec_of(
 
 
 def states_of(model: nn.Module, graph: CompiledGraph) -> dict[str, bytes]:
-    """The first state of every VNode that has weights: the model's own, as safetensors."""
+    """The first state of every VNode that has weights: the model's own, as safetensors.
+
+    Raises:
+        SpecError: weights that are not float32.
+    """
     weights = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
+    for name, array in weights.items():
+        if array.dtype.name != DTYPE:
+            raise SpecError(f"{name} is {array.dtype.name}, and weights are {DTYPE}: model.float()")
     states: dict[str, bytes] = {}
     for node in graph.nodes:
         component = HostedComponent(
@@ -92,14 +100,24 @@ def states_of(model: nn.Module, graph: CompiledGraph) -> dict[str, bytes]:
     return states
 
 
-def _layers(model: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every layer by its full name, in order; one that stands twice is there twice.
+
+    Raises:
+        SpecError: one with weights stands twice: two VNodes do not share them.
+    """
     found: list[tuple[str, nn.Module]] = []
-    for name, child in model.named_children():
-        layer_id = prefix + name
-        if type(child).__name__ == "Sequential":
-            found += _layers(child, layer_id + ".")
-        else:
-            found.append((layer_id, child))
+    first: dict[int, str] = {}
+    for layer_id, layer in model.named_modules(remove_duplicate=False):
+        if type(layer).__name__ == "Sequential":
+            continue
+        known = first.setdefault(id(layer), layer_id)
+        if known != layer_id and any(True for _ in layer.parameters()):
+            raise SpecError(
+                f"layer {layer_id} is layer {known} again: weights that layers share are not "
+                "there yet, give each its own"
+            )
+        found.append((layer_id, layer))
     return found
 
 

@@ -29,6 +29,7 @@ from p2pnet.v1 import common_pb2, vnode_pb2
 from p2pnet.v1 import orchestrator_pb2 as pb
 from p2pnet.vnode.draft import TARGET
 from p2pnet.vnode.graph import CompiledGraph
+from p2pnet.vnode.network import BATCH_SAMPLES
 from p2pnet.vnode.tensors import Array, digest_of, encode
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,11 @@ class TrainingRun:
         sizes = sorted({len(target), *(len(array) for array in inputs.values())})
         if len(sizes) != 1 or not sizes[0]:
             raise UsageError(f"a batch needs as many inputs as targets, and at least one: {sizes}")
+        if sizes[0] > BATCH_SAMPLES:
+            raise UsageError(
+                f"a batch has at most {BATCH_SAMPLES} samples, which is what hosts lend memory "
+                f"for, and this one has {sizes[0]}"
+            )
         self._last += 1
         step = self._last
         self._held[step] = (inputs, target)

@@ -9,13 +9,13 @@ All methods block: call them from a thread.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
 import re
 import tempfile
 import threading
-from collections.abc import Collection
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -26,6 +26,11 @@ logger = logging.getLogger(__name__)
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ASIDE = ".put-"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class NoRoomError(ResourceError):
+    """The disk or the quota is full."""
 
 
 class BlobStore:
@@ -47,26 +52,31 @@ class BlobStore:
         except OSError as error:
             raise ResourceError(f"{path} cannot hold states: {error.strerror}") from error
 
-    def put(self, data: bytes) -> str:
+    def put(self, data: bytes, digest: str = "") -> str:
         """Stores a blob and returns its digest; one that is there already costs nothing.
 
+        `digest` is given by who has just worked it out.
+
         Raises:
-            ResourceError: the disk or the quota is full; nothing is left behind.
+            NoRoomError: the disk or the quota is full; nothing is left behind.
+            ResourceError: it is larger than the quota, or cannot be written.
         """
-        digest = hashlib.sha256(data).hexdigest()
+        digest = digest or hashlib.sha256(data).hexdigest()
         with self._lock:
             if self._is_whole(digest, data):
                 return digest
             used_bytes = self.used_bytes()
             if used_bytes + len(data) > self.bytes_max:
-                raise ResourceError(
+                kind = NoRoomError if len(data) <= self.bytes_max else ResourceError
+                raise kind(
                     f"no room for a state of {format_size(len(data))} in {self.path}: "
                     f"{format_size(used_bytes)} of {format_size(self.bytes_max)} are used"
                 )
             try:
                 self._write(self.path / digest, data)
             except OSError as error:
-                raise ResourceError(
+                kind = NoRoomError if error.errno in _DISK_FULL else ResourceError
+                raise kind(
                     f"a state of {format_size(len(data))} cannot be written to {self.path}: "
                     f"{error.strerror}"
                 ) from error
@@ -100,20 +110,24 @@ class BlobStore:
         """Deletes a blob if it is here."""
         self._file(digest).unlink(missing_ok=True)
 
-    def retain(self, digests: Collection[str]) -> int:
-        """Deletes all other blobs, and what a crash has left half-written; returns how many.
+    def written_at(self) -> dict[str, float]:
+        """When each blob was written, by digest; seconds since 1970."""
+        found = {}
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                if _DIGEST.fullmatch(entry.name):
+                    try:
+                        found[entry.name] = entry.stat().st_mtime
+                    except FileNotFoundError:  # dropped in this moment
+                        pass
+        return found
 
-        Only for who has the directory to himself.
-        """
+    def tidy(self) -> None:
+        """Deletes what a crash has left half-written; for who has the directory to himself."""
         with self._lock:
-            others = [
-                name
-                for name in sorted(os.listdir(self.path))
-                if name.startswith(_ASIDE) or (_DIGEST.fullmatch(name) and name not in digests)
-            ]
-            for name in others:
-                (self.path / name).unlink(missing_ok=True)
-        return len(others)
+            for name in sorted(os.listdir(self.path)):
+                if name.startswith(_ASIDE):
+                    (self.path / name).unlink(missing_ok=True)
 
     def used_bytes(self) -> int:
         """What all blobs together take."""

@@ -173,6 +173,13 @@ class _Door(grpc.GenericRpcHandler):
             with self._counted(peer_id):
                 async with asyncio.timeout(timeout_s):
                     return await method.run(requests, Caller(peer_id, timeout_s), context.write)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise  # the caller has left, or this node goes
+            # What the handler waited for was cancelled. gRPC sends no status for that by
+            # itself, and the caller would wait until its deadline.
+            code, detail = grpc.StatusCode.ABORTED, "what the call waited for was given up"
         except Exception as error:
             code, detail = refusal_of(error)
             if code is grpc.StatusCode.INTERNAL:

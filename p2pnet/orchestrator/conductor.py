@@ -34,7 +34,7 @@ from p2pnet.orchestrator.publish import Publisher
 from p2pnet.tasks import TaskSet
 from p2pnet.v1 import common_pb2, orchestrator_pb2, pnode_pb2
 from p2pnet.vnode.graph import CompiledGraph
-from p2pnet.vnode.shell import BATCH_SAMPLES
+from p2pnet.vnode.network import BATCH_SAMPLES
 from p2pnet.vnode.swarm import Swarm
 
 logger = logging.getLogger(__name__)

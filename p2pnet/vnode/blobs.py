@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 
-from p2pnet.data.blobs import BlobStore, open_state
+from p2pnet import clock
+from p2pnet.data.blobs import BlobStore, NoRoomError, open_state
 from p2pnet.errors import NotFoundError, RemoteError, ResourceError, UnreachableError
 from p2pnet.keys import sha256, short
 from p2pnet.net.handlers import Caller, Method, client_stream, server_stream, unary
 from p2pnet.v1 import common_pb2, vnode_pb2
-from p2pnet.vnode.network import refusal
+from p2pnet.vnode.blob_ages import BlobAges
+from p2pnet.vnode.network import check_network_id, refusal
 from p2pnet.vnode.swarm import Swarm
 
 logger = logging.getLogger(__name__)
@@ -25,17 +27,23 @@ CHUNK_BYTES = 512 << 10  # measured best between 256 KiB and 1 MiB
 BLOB_BYTES_MAX = 4 << 30
 BLOBS_BYTES_MAX = 64 << 30  # on this disk, and in a shared directory
 TRANSFER_TIMEOUT_S = 20.0
-# A blob that no commit names yet may be about to be named.
-UNNAMED_KEPT_S = 60.0
 
 
 class BlobKeeper:
-    """The blobs of this node. Lives on the gRPC thread; files are touched in worker threads."""
+    """The blobs of this node.
+
+    Lives on the gRPC thread; files are touched, and large bytes hashed, in worker threads.
+    """
 
     def __init__(self, store: BlobStore, swarm: Swarm) -> None:
         self._store = store
         self._swarm = swarm
-        self._put_at: dict[str, dict[bytes, float]] = {}  # by network
+        store.tidy()
+        # The disk knows the wall clock, and all else goes by the node's.
+        ago_s = clock.wall_ms() / 1000 - swarm.now()
+        self._ages = BlobAges(
+            {bytes.fromhex(digest): at - ago_s for digest, at in store.written_at().items()}
+        )
 
     def services(self) -> dict[str, Mapping[str, Method]]:
         """What gRPC serves."""
@@ -59,14 +67,15 @@ class BlobKeeper:
         Raises:
             ResourceError: it could not be stored at all.
         """
-        digest = sha256(data)
+        digest = await asyncio.to_thread(sha256, data)
         ref = common_pb2.BlobRef(digest=digest, size_bytes=len(data))
         if state_url:
-            await asyncio.to_thread(open_state(state_url, BLOBS_BYTES_MAX).put, data)
+            shared = open_state(state_url, BLOBS_BYTES_MAX)
+            await asyncio.to_thread(shared.put, data, digest.hex())
             return ref
         full: ResourceError | None = None
         try:
-            await self._keep(network_id, data)
+            await self._keep(network_id, data, digest)
             ref.holders.append(self._swarm.keypair.peer_id)
         except ResourceError as error:  # copies elsewhere are as good
             logger.warning("a state could not be kept here: %s", error)
@@ -114,29 +123,42 @@ class BlobKeeper:
                 logger.info("a state is not to be had from %s: %s", short(holder), error)
                 continue
             try:
-                await self._keep(network_id, data)
+                await self._keep(network_id, data, ref.digest)
             except ResourceError as error:  # a full disk does not stop the VNode
                 logger.warning("a state could not be kept: %s", error)
             return data
         raise UnreachableError(f"none of the {len(ref.holders)} peers that held a state has it")
 
-    async def _keep(self, network_id: str, data: bytes) -> None:
-        digest = await asyncio.to_thread(self._store.put, data)
-        self._put_at.setdefault(network_id, {})[bytes.fromhex(digest)] = self._swarm.now()
+    async def _keep(self, network_id: str, data: bytes, digest: bytes) -> None:
+        """Stores a blob of that digest, if need be in the place of what no commit names."""
+        while True:
+            try:
+                await asyncio.to_thread(self._store.put, data, digest.hex())
+            except NoRoomError:
+                old = self._ages.oldest_unnamed(self._swarm.now())
+                if old is None:
+                    raise
+                await asyncio.to_thread(self._store.drop, old.hex())
+            else:
+                self._ages.put(network_id, digest, self._swarm.now())
+                return
 
     async def _put(
         self, chunks: AsyncIterator[vnode_pb2.BlobChunk], caller: Caller
     ) -> vnode_pb2.BlobPutReply:
         data, first = bytearray(), None
         async for chunk in chunks:
-            first = first or chunk
+            if first is None:
+                first = chunk
+                check_network_id(first.network_id)
             data += chunk.data
             if first.size_bytes > BLOB_BYTES_MAX or len(data) > first.size_bytes:
                 return _no(common_pb2.REFUSAL_CODE_BAD_REQUEST, "more bytes than were announced")
-        if first is None or sha256(bytes(data)) != first.digest:
+        whole = bytes(data)
+        if first is None or await asyncio.to_thread(sha256, whole) != first.digest:
             return _no(common_pb2.REFUSAL_CODE_BAD_REQUEST, "not the bytes that the digest names")
         try:
-            await self._keep(first.network_id, bytes(data))
+            await self._keep(first.network_id, whole, first.digest)
         except ResourceError as error:
             return _no(common_pb2.REFUSAL_CODE_NO_MEMORY, str(error))
         return vnode_pb2.BlobPutReply()
@@ -145,29 +167,25 @@ class BlobKeeper:
         self, request: vnode_pb2.BlobGetRequest, caller: Caller
     ) -> AsyncGenerator[vnode_pb2.BlobChunk, None]:
         data = await asyncio.to_thread(self._store.get, request.digest.hex())
-        for chunk in chunks_of(data, ""):
+        for chunk in chunks_of(data, request.digest, ""):
             yield chunk
 
     async def _retain(
         self, request: vnode_pb2.RetainRequest, caller: Caller
     ) -> vnode_pb2.RetainReply:
-        keep = set(request.digests)
-        before = self._swarm.now() - UNNAMED_KEPT_S
-        known = self._put_at.get(request.network_id, {})
-        gone = [digest for digest, at in known.items() if digest not in keep and at < before]
-        for digest in gone:
-            del known[digest]
+        check_network_id(request.network_id)
+        for digest in self._ages.retain(request.network_id, request.digests, self._swarm.now()):
             await asyncio.to_thread(self._store.drop, digest.hex())
         return vnode_pb2.RetainReply()
 
 
-def chunks_of(data: bytes, network_id: str) -> list[vnode_pb2.BlobChunk]:
-    """A blob cut up for the wire; the first chunk says what it is."""
-    parts = [data[at : at + CHUNK_BYTES] for at in range(0, len(data), CHUNK_BYTES)] or [b""]
-    chunks = [vnode_pb2.BlobChunk(data=part) for part in parts]
-    chunks[0].digest, chunks[0].size_bytes = sha256(data), len(data)
-    chunks[0].network_id = network_id
-    return chunks
+def chunks_of(data: bytes, digest: bytes, network_id: str) -> Iterator[vnode_pb2.BlobChunk]:
+    """A blob cut up for the wire; the first chunk, which is always there, says what it is."""
+    yield vnode_pb2.BlobChunk(
+        digest=digest, size_bytes=len(data), data=data[:CHUNK_BYTES], network_id=network_id
+    )
+    for at in range(CHUNK_BYTES, len(data), CHUNK_BYTES):
+        yield vnode_pb2.BlobChunk(data=data[at : at + CHUNK_BYTES])
 
 
 def _no(code: common_pb2.RefusalCode, detail: str) -> vnode_pb2.BlobPutReply:

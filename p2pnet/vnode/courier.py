@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from p2pnet.errors import RefusedError, RemoteError, UnreachableError
+from p2pnet.errors import P2PNetError, RemoteError
 from p2pnet.keys import short
 from p2pnet.v1 import common_pb2, vnode_pb2
 from p2pnet.vnode.network import HostedNetwork
@@ -24,6 +24,7 @@ _TRIES = 4
 _BUSY_PAUSE_S = 0.02
 
 Hop = vnode_pb2.TrainRequest | vnode_pb2.ForwardRequest
+Here = Callable[[], Awaitable[common_pb2.Refusal | None]]
 
 
 class EpochOver(Exception):
@@ -49,7 +50,7 @@ class Courier:
         net: HostedNetwork,
         method: str,
         request: Hop,
-        here: Callable[[], Awaitable[common_pb2.Refusal | None]],
+        here: Here,
     ) -> None:
         """Delivers `request` to its VNode; `here` does so if it turns out to live on this host.
 
@@ -60,10 +61,7 @@ class Courier:
         vnode = request.vnode
         for attempt in range(_TRIES):
             host = net.locations.get(vnode) or await self.locate(net, vnode)
-            if host == self._swarm.keypair.peer_id:
-                refusal = await here()
-            else:
-                refusal = await self._call(host, method, request)
+            refusal = await self._deliver(host, method, request, here)
             if refusal is None:
                 return
             if refusal.code in (
@@ -97,7 +95,7 @@ class Courier:
             found = await self._swarm.find_allocations(
                 net.network_id, vnode, timeout_s=LOOKUP_TIMEOUT_S
             )
-        except RemoteError as error:
+        except P2PNetError as error:
             raise HopFailed("", f"where {vnode} lives could not be asked: {error}") from None
         if found and found[0].epoch > net.epoch:
             raise EpochOver
@@ -109,11 +107,17 @@ class Courier:
                 return str(allocation.host)
         raise HopFailed("", f"the DHT does not know where {vnode} lives")
 
-    async def _call(self, host: str, method: str, request: Hop) -> common_pb2.Refusal | None:
+    async def _deliver(
+        self, host: str, method: str, request: Hop, here: Here
+    ) -> common_pb2.Refusal | None:
         try:
+            if host == self._swarm.keypair.peer_id:
+                return await here()
             reply = await self._swarm.call(
                 host, method, request, vnode_pb2.HopReply, timeout_s=HOP_TIMEOUT_S
             )
-        except (UnreachableError, RefusedError) as error:
+        except RemoteError as error:
             raise HopFailed(host, str(error)) from None
+        except P2PNetError as error:  # our own trouble, which nobody else is to be blamed for
+            raise HopFailed("", str(error)) from None
         return reply.refusal if reply.HasField("refusal") else None

@@ -10,16 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Awaitable, Callable
 
 from p2pnet.errors import P2PNetError, ResourceError
+from p2pnet.tasks import TaskSet
 from p2pnet.v1 import common_pb2, vnode_pb2
 from p2pnet.vnode.courier import Courier, EpochOver, HopFailed
+from p2pnet.vnode.edges import misfit, tensor_of
 from p2pnet.vnode.executor import ComputeThread
-from p2pnet.vnode.network import HostedNetwork, refusal
-from p2pnet.vnode.tensors import Array, decode, encode
+from p2pnet.vnode.network import HostedNetwork, clip, refusal
+from p2pnet.vnode.tensors import Array, encode
 from p2pnet.vnode.trainee import Trainee
 
 logger = logging.getLogger(__name__)
@@ -28,12 +28,6 @@ REQUESTS_MAX = 1024  # begun and not finished; the oldest gives way
 OUTPUT_KEPT_S = 60.0
 
 Key = tuple[str, str, bytes]  # network id, VNode, request id
-
-
-@dataclass(slots=True)
-class _Waiting:
-    epoch: int
-    slots: dict[int, Array] = field(default_factory=dict)
 
 
 class Inference:
@@ -48,15 +42,13 @@ class Inference:
         self._compute = compute
         self._courier = courier
         self._deliver = deliver
-        self._waiting: OrderedDict[Key, _Waiting] = OrderedDict()
+        self._waiting: OrderedDict[Key, dict[int, Array]] = OrderedDict()  # by slot
         self._outputs: OrderedDict[Key, asyncio.Future[Array]] = OrderedDict()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet("forward passes")
 
     async def close(self) -> None:
         """Ends everything under way."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
 
     def take(
         self, net: HostedNetwork, trainee: Trainee, request: vnode_pb2.ForwardRequest
@@ -75,23 +67,17 @@ class Inference:
             )
         if request.failed:
             self._waiting.pop(key, None)
-            self._spawn(self._pass_on(net, request, None, request.failed))
+            self._tasks.spawn(self._pass_on(net, request, None, request.failed))
             return None
-        tensor = decode(request.tensor)
-        expected = net.graph.tensor(request.source)
-        fits = tensor.ndim > 0 and tensor.shape[1:] == expected.shape
-        if not fits or tensor.dtype.name != expected.dtype:
-            return refusal(
-                common_pb2.REFUSAL_CODE_BAD_REQUEST,
-                f"{request.vnode} takes {expected.dtype}{list(expected.shape)} a sample from "
-                f"{request.source}, not {tensor.dtype.name}{list(tensor.shape[1:])}",
-            )
-        waiting = self._waiting.setdefault(key, _Waiting(net.epoch))
-        waiting.slots[request.slot] = tensor
-        if len(waiting.slots) == len(node.inputs):
+        if answer := misfit(net.graph, request.source, request.vnode, request.tensor):
+            return answer
+        tensor = tensor_of(net.graph, request.source, request.tensor)
+        slots = self._waiting.setdefault(key, {})
+        slots[request.slot] = tensor
+        if len(slots) == len(node.inputs):
             del self._waiting[key]
-            inputs = tuple(waiting.slots[slot] for slot in range(len(node.inputs)))
-            self._spawn(self._compute_one(net, trainee, request, inputs))
+            inputs = tuple(slots[slot] for slot in range(len(node.inputs)))
+            self._tasks.spawn(self._compute_one(net, trainee, request, inputs))
         while len(self._waiting) > REQUESTS_MAX:
             self._waiting.popitem(last=False)
         return None
@@ -132,6 +118,7 @@ class Inference:
         output: Array | None,
         failed: str,
     ) -> None:
+        failed = clip(failed)
         if request.vnode == net.graph.output:
             future = self._output((net.network_id, request.vnode, request.request_id))
             if not future.done():
@@ -155,7 +142,7 @@ class Inference:
                 tensor=tensor,
                 failed=failed,
             )
-            self._spawn(self._hop(net, hop))
+            self._tasks.spawn(self._hop(net, hop))
 
     async def _hop(self, net: HostedNetwork, hop: vnode_pb2.ForwardRequest) -> None:
         try:
@@ -173,8 +160,3 @@ class Inference:
             while len(self._outputs) > REQUESTS_MAX:
                 self._outputs.popitem(last=False)
         return self._outputs[key]
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

@@ -74,6 +74,9 @@ class GradientArrived:
     decided_step: int
 
 
+Arrival = ActivationArrived | GradientArrived
+
+
 @dataclass(frozen=True, slots=True)
 class Decided:
     """Every step up to `step` is decided."""

@@ -1,11 +1,20 @@
-"""What a host knows of one network that it has VNodes of."""
+"""What a host knows of one network that it has VNodes of, and what it says of it to others."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
+from p2pnet.errors import MalformedError
 from p2pnet.v1 import common_pb2
 from p2pnet.vnode.graph import CompiledGraph
+
+# The most samples of one batch: VNodes are placed and admitted with the memory that
+# this many take, and a tensor with more is refused, so that the one covers the other.
+BATCH_SAMPLES = 1024
+REASON_CHARS_MAX = 200
+
+_NETWORK_ID = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(slots=True)
@@ -25,6 +34,17 @@ class HostedNetwork:
     base_step: int  # the cut that the epoch starts from
     state_url: str
     locations: dict[str, str] = field(default_factory=dict)
+
+
+def check_network_id(network_id: str) -> None:
+    """Raises MalformedError for anything but 32 hexadecimal digits."""
+    if not _NETWORK_ID.fullmatch(network_id):
+        raise MalformedError(f"{network_id[:64]!r} is not a network id: it is 32 hex digits")
+
+
+def clip(reason: str) -> str:
+    """As much of a reason as is passed on: it may quote what a peer or a spec says."""
+    return reason[:REASON_CHARS_MAX]
 
 
 def refusal(

@@ -8,26 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from p2pnet.dht.keyspace import vnode_key
-from p2pnet.dht.manifest import grants, network_id_of, open_manifest
-from p2pnet.errors import (
-    MalformedError,
-    P2PNetError,
-    RefusedError,
-    RemoteError,
-)
-from p2pnet.keys import ACCEPTANCE, sha256, short
+from p2pnet.errors import MalformedError, P2PNetError, RefusedError, RemoteError
+from p2pnet.keys import ACCEPTANCE
 from p2pnet.net.handlers import Caller, Method, unary
+from p2pnet.tasks import TaskSet
 from p2pnet.v1 import common_pb2, pnode_pb2, records_pb2, vnode_pb2
 from p2pnet.vnode.blobs import BlobKeeper
-from p2pnet.vnode.courier import LOOKUP_TIMEOUT_S
 from p2pnet.vnode.executor import ComputeThread
 from p2pnet.vnode.faults import Faults
-from p2pnet.vnode.graph import CompiledGraph
+from p2pnet.vnode.hosting import Hosting, Usage
 from p2pnet.vnode.messages import Event
 from p2pnet.vnode.network import HostedNetwork, refusal
 from p2pnet.vnode.swarm import Swarm
@@ -38,21 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NETWORKS_MAX = 256
-VNODES_MAX = 10_000
-LEASE_S_MAX = 3600
-BATCH_SAMPLES = 256  # what activations are admitted for
 WARM_AFTER_S = 1.0
-SWEEP_S = 10.0
-ORPHANED_S = 600.0  # how long after its lease a VNode is kept for an orchestrator to come back
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What is hosted: how many VNodes, and the memory that they are admitted for."""
-
-    vnodes: int
-    memory_bytes: int
 
 
 class Host:
@@ -69,21 +48,16 @@ class Host:
         hosting: bool,
         state_url: str,
     ) -> None:
-        self.memory_bytes = memory_bytes
         self._state_url = state_url
         self._swarm = swarm
         self._compute = compute
         self._blobs = blobs
-        self._hosting = hosting
+        self._hosts = hosting
         self._faults = faults
         self._engine: Engine | None = None
-        self._networks: dict[str, HostedNetwork] = {}
-        self._trainees: dict[tuple[str, str], Trainee] = {}
-        self._states: dict[tuple[str, str], common_pb2.BlobRef] = {}
-        self._sweeping: asyncio.TimerHandle | None = None
-        self._warming: asyncio.Future[None] | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self.usage = Usage(0, 0)  # replaced, never changed: other threads read it
+        self._hosted = Hosting(swarm, self._new_trainee, memory_bytes=memory_bytes)
+        self._warming: asyncio.Task[None] | None = None
+        self._tasks = TaskSet("the host")
 
     def services(self) -> dict[str, Mapping[str, Method]]:
         """What gRPC serves, by service."""
@@ -115,23 +89,23 @@ class Host:
 
     async def close(self) -> None:
         """Stops every VNode."""
-        if self._sweeping is not None:
-            self._sweeping.cancel()
-        if self._warming is not None:
-            self._warming.cancel()
+        await self._tasks.close()
         if self._engine is not None:
             await self._engine.inference.close()
-        await asyncio.gather(*(trainee.close() for trainee in self._trainees.values()))
-        self._trainees.clear()
+        await self._hosted.close()
+
+    @property
+    def usage(self) -> Usage:
+        """What is hosted; from any thread."""
+        return self._hosted.usage
 
     def claimants(self) -> list[str]:
-        """The orchestrators of what lives here, by peer id."""
-        return sorted({self._networks[net].claimant for net, _ in self._trainees})
+        """The orchestrators of what lives here, by peer id; from any thread."""
+        return list(self._hosted.claimants)
 
     def forget_locations(self) -> None:
         """Empties every cache of where VNodes live; the DHT knows."""
-        for net in self._networks.values():
-            net.locations.clear()
+        self._hosted.forget_locations()
 
     # PNode
 
@@ -145,200 +119,102 @@ class Host:
     async def _describe(
         self, request: pnode_pb2.DescribeRequest, caller: Caller
     ) -> pnode_pb2.DescribeReply:
-        return pnode_pb2.DescribeReply(advert=self._swarm.advert(), vnodes=self._hosted(""))
+        return pnode_pb2.DescribeReply(advert=self._swarm.advert(), vnodes=self._hosted.rows(""))
 
     async def _heartbeat(
         self, request: pnode_pb2.HeartbeatRequest, caller: Caller
     ) -> pnode_pb2.HeartbeatReply:
-        net = self._networks.get(request.network_id)
-        if net is None or net.epoch != request.epoch or net.claimant != caller.peer_id:
-            return pnode_pb2.HeartbeatReply(refusal=_stale(net))
-        net.lease_until = self._swarm.now() + min(request.lease_s, LEASE_S_MAX)
-        return pnode_pb2.HeartbeatReply(vnodes=self._hosted(request.network_id))
+        net = self._hosted.network_of(request.network_id, caller.peer_id, request.epoch)
+        if isinstance(net, common_pb2.Refusal):
+            return pnode_pb2.HeartbeatReply(refusal=net)
+        self._hosted.renew(net, request.lease_s)
+        return pnode_pb2.HeartbeatReply(vnodes=self._hosted.rows(request.network_id))
 
     async def _allocate(
         self, request: pnode_pb2.AllocateRequest, caller: Caller
     ) -> pnode_pb2.AllocateReply:
-        try:
-            answer = await self._take_over(request, caller.peer_id)
-        except (MalformedError, RemoteError) as error:
-            answer = refusal(common_pb2.REFUSAL_CODE_BAD_REQUEST, str(error))
-        if answer is not None:
-            return pnode_pb2.AllocateReply(refusal=answer)
-        for vnode in request.vnodes:
-            self._spawn(self._provide(vnode_key(request.network_id, vnode)))
-        # torch takes seconds to load, so begin before the first step; but not before the
-        # orchestrator has had a moment to publish what was just agreed.
-        asyncio.get_running_loop().call_later(WARM_AFTER_S, self._warm)
-        self._swarm.emit(
-            "allocated",
-            network=self._networks[request.network_id].graph.name,
-            epoch=request.epoch,
-            vnodes=list(request.vnodes),
-        )
-        return pnode_pb2.AllocateReply(
-            acceptances=[self._accept(request, vnode) for vnode in request.vnodes]
-        )
-
-    async def _take_over(
-        self, request: pnode_pb2.AllocateRequest, claimant: str
-    ) -> common_pb2.Refusal | None:
-        """Hosts `request.vnodes` under its epoch, and no others of that network."""
-        if not self._hosting:
-            return refusal(common_pb2.REFUSAL_CODE_NOT_GRANTED, "this peer hosts no VNodes")
-        if request.state_url not in ("", self._state_url):
+        net: HostedNetwork | common_pb2.Refusal
+        if not self._hosts:
+            net = refusal(common_pb2.REFUSAL_CODE_NOT_GRANTED, "this peer hosts no VNodes")
+        elif request.state_url not in ("", self._state_url):
             # Nobody but this machine's user says which of its directories are written.
-            return refusal(
+            net = refusal(
                 common_pb2.REFUSAL_CODE_NOT_GRANTED,
                 f"this peer was not started with --state {request.state_url}",
             )
-        manifest = open_manifest(request.manifest)
-        graph = CompiledGraph.from_json(request.graph)
-        wanted = dict.fromkeys(request.vnodes)
-        known = dict.fromkeys(graph.vnodes())
-        if (
-            network_id_of(request.manifest) != request.network_id
-            or sha256(request.graph) != manifest.spec_digest
-            or not 0 < len(wanted) == len(request.vnodes)
-            or any(vnode not in known for vnode in wanted)
-            or not 0 < request.lease_s <= LEASE_S_MAX
-        ):
-            return refusal(
-                common_pb2.REFUSAL_CODE_BAD_REQUEST, "the allocation does not fit its manifest"
-            )
-        if not grants(manifest, claimant):
-            return refusal(
-                common_pb2.REFUSAL_CODE_NOT_GRANTED,
-                f"the owner of {graph.name} does not let {short(claimant)} orchestrate it",
-            )
-        net = self._networks.get(request.network_id)
-        if net is not None and (
-            request.epoch < net.epoch or (request.epoch == net.epoch and claimant != net.claimant)
-        ):
-            return _stale(net)
-        if full := self._too_full(request, graph):
-            return full
-        if net is not None and request.epoch == net.epoch:
-            same = {vnode for network, vnode in self._trainees if network == net.network_id}
-            if same == set(wanted):
-                return None  # said twice
-        await self._begin_epoch(request, graph, claimant)
-        return None
-
-    def _too_full(
-        self, request: pnode_pb2.AllocateRequest, graph: CompiledGraph
-    ) -> common_pb2.Refusal | None:
-        others = sum(
-            self._size(net, vnode) for net, vnode in self._trainees if net != request.network_id
-        )
-        needed = sum(graph.node(vnode).memory_bytes(BATCH_SAMPLES) for vnode in request.vnodes)
-        hosted = {net for net, _ in self._trainees}
-        new = request.network_id not in hosted
-        if (
-            others + needed > self.memory_bytes
-            or len(self._trainees) + len(request.vnodes) > VNODES_MAX
-            or (new and len(hosted) >= NETWORKS_MAX)
-        ):
-            return refusal(
-                common_pb2.REFUSAL_CODE_NO_MEMORY,
-                f"{needed} bytes are asked for, and {max(0, self.memory_bytes - others)} are free",
-            )
-        return None
-
-    async def _begin_epoch(
-        self, request: pnode_pb2.AllocateRequest, graph: CompiledGraph, claimant: str
-    ) -> None:
-        network_id = request.network_id
-        net = HostedNetwork(
-            network_id=network_id,
-            graph=graph,
-            manifest=request.manifest,
-            epoch=request.epoch,
-            claimant=claimant,
-            lease_until=self._swarm.now() + request.lease_s,
-            base_step=request.step,
-            state_url=request.state_url,
-            locations={location.vnode: location.host for location in request.locations},
-        )
-        old = [key for key in self._trainees if key[0] == network_id]
-        closing = [self._trainees.pop(key) for key in old]
-        self._networks[network_id] = net
+        else:
+            try:
+                net = await self._hosted.take_over(request, caller.peer_id)
+            except (MalformedError, RemoteError) as error:
+                net = refusal(common_pb2.REFUSAL_CODE_BAD_REQUEST, str(error))
+        if isinstance(net, common_pb2.Refusal):
+            return pnode_pb2.AllocateReply(refusal=net)
         for vnode in request.vnodes:
-            key = (network_id, vnode)
-            self._states.pop(key, None)
-            if vnode in request.states:
-                self._states[key] = request.states[vnode]
-            self._trainees[key] = self._tensors().new_trainee(vnode, net)
-        self._forget_networks()
-        self._note_usage()
-        self._sweep_later()
-        await asyncio.gather(*(trainee.close() for trainee in closing))
+            self._tasks.spawn(self._provide(vnode_key(net.network_id, vnode)))
+        if self._warming is None:
+            self._warming = self._tasks.spawn(self._warm())
+        self._swarm.emit(
+            "allocated", network=net.graph.name, epoch=net.epoch, vnodes=list(request.vnodes)
+        )
+        return pnode_pb2.AllocateReply(
+            acceptances=[self._accept(net, vnode, request.lease_s) for vnode in request.vnodes]
+        )
 
-    def _accept(self, request: pnode_pb2.AllocateRequest, vnode: str) -> common_pb2.Signed:
+    def _accept(self, net: HostedNetwork, vnode: str, lease_s: int) -> common_pb2.Signed:
         me = self._swarm.keypair
-        net = self._networks[request.network_id]
         addrs = next((m.addrs for m in self._swarm.members() if m.peer_id == me.peer_id), ())
         allocation = records_pb2.Allocation(
-            network_id=request.network_id,
+            network_id=net.network_id,
             vnode=vnode,
             host=me.peer_id,
             addrs=addrs,
-            epoch=request.epoch,
+            epoch=net.epoch,
             claimant=net.claimant,
             role="primary",
-            lease_s=request.lease_s,
-            manifest=request.manifest,
+            lease_s=lease_s,
+            manifest=net.manifest,
         )
         return me.sign(ACCEPTANCE, allocation.SerializeToString(deterministic=True))
 
     async def _drop(self, request: pnode_pb2.DropRequest, caller: Caller) -> pnode_pb2.DropReply:
-        net = self._networks.get(request.network_id)
-        if net is None:
+        if self._hosted.network(request.network_id) is None:
             return pnode_pb2.DropReply()
-        if caller.peer_id != net.claimant:
-            return pnode_pb2.DropReply(refusal=_stale(net))
-        if request.epoch < net.epoch:  # about an older allocation than the one here
-            return pnode_pb2.DropReply()
-        wanted = set(request.vnodes)
-        gone = [
-            key
-            for key in self._trainees
-            if key[0] == net.network_id and (not wanted or key[1] in wanted)
-        ]
-        await self._drop_all(gone)
+        net = self._hosted.network_of(request.network_id, caller.peer_id)
+        if isinstance(net, common_pb2.Refusal):
+            return pnode_pb2.DropReply(refusal=net)
+        if request.epoch >= net.epoch:  # and not about an older allocation than the one here
+            await self._hosted.drop(net.network_id, request.vnodes)
         return pnode_pb2.DropReply()
 
     # VNode
 
     async def _train(self, request: vnode_pb2.TrainRequest, caller: Caller) -> vnode_pb2.HopReply:
-        found = self._find(request.id.network_id, request.id.epoch, request.vnode)
+        found = await self._hosted.find_or_point(
+            request.id.network_id, request.id.epoch, request.vnode
+        )
         if isinstance(found, common_pb2.Refusal):
-            return vnode_pb2.HopReply(
-                refusal=await self._say_where(found, request.id.network_id, request.vnode)
-            )
+            return vnode_pb2.HopReply(refusal=found)
         return vnode_pb2.HopReply(refusal=found[1].hear(request))
 
     async def _deliver_train(
         self, net: HostedNetwork, vnode: str, event: Event
     ) -> common_pb2.Refusal | None:
         """From a VNode on this host to another: nothing is copied."""
-        found = self._find(net.network_id, net.epoch, vnode)
+        found = self._hosted.find(net.network_id, net.epoch, vnode)
         return found if isinstance(found, common_pb2.Refusal) else found[1].take(event)
 
     async def _forward(
         self, request: vnode_pb2.ForwardRequest, caller: Caller
     ) -> vnode_pb2.HopReply:
-        found = self._find(request.network_id, request.epoch, request.vnode)
+        found = await self._hosted.find_or_point(request.network_id, request.epoch, request.vnode)
         if isinstance(found, common_pb2.Refusal):
-            return vnode_pb2.HopReply(
-                refusal=await self._say_where(found, request.network_id, request.vnode)
-            )
+            return vnode_pb2.HopReply(refusal=found)
         return vnode_pb2.HopReply(refusal=self._tensors().inference.take(*found, request))
 
     async def _deliver_forward(
         self, request: vnode_pb2.ForwardRequest
     ) -> common_pb2.Refusal | None:
-        found = self._find(request.network_id, request.epoch, request.vnode)
+        found = self._hosted.find(request.network_id, request.epoch, request.vnode)
         if isinstance(found, common_pb2.Refusal):
             return found
         return self._tensors().inference.take(*found, request)
@@ -346,21 +222,19 @@ class Host:
     async def _collect(
         self, request: vnode_pb2.CollectRequest, caller: Caller
     ) -> vnode_pb2.CollectReply:
-        found = self._find(request.network_id, request.epoch, request.vnode)
+        found = await self._hosted.find_or_point(request.network_id, request.epoch, request.vnode)
         if isinstance(found, common_pb2.Refusal):
-            return vnode_pb2.CollectReply(
-                refusal=await self._say_where(found, request.network_id, request.vnode)
-            )
+            return vnode_pb2.CollectReply(refusal=found)
         return await self._tensors().collect(found[0], request.request_id, caller.timeout_s)
 
     async def _health(
         self, request: vnode_pb2.HealthRequest, caller: Caller
     ) -> vnode_pb2.HealthReply:
-        return vnode_pb2.HealthReply(vnodes=self._hosted(request.network_id))
+        return vnode_pb2.HealthReply(vnodes=self._hosted.rows(request.network_id))
 
     async def _save(self, request: vnode_pb2.SaveRequest, caller: Caller) -> vnode_pb2.SaveReply:
         async def one(vnode: str) -> common_pb2.BlobRef:
-            found = self._find(request.network_id, request.epoch, vnode)
+            found = self._hosted.find(request.network_id, request.epoch, vnode)
             if isinstance(found, common_pb2.Refusal):
                 raise RefusedError(found.detail, code=found.code, epoch=found.epoch)
             net, trainee = found
@@ -369,9 +243,9 @@ class Host:
             trainee.saved_as(ref.digest)
             return ref
 
-        net = self._networks.get(request.network_id)
-        if net is None or net.claimant != caller.peer_id:
-            return vnode_pb2.SaveReply(refusal=_stale(net))
+        net = self._hosted.network_of(request.network_id, caller.peer_id)
+        if isinstance(net, common_pb2.Refusal):
+            return vnode_pb2.SaveReply(refusal=net)
         try:
             refs = await asyncio.gather(*(one(vnode) for vnode in request.vnodes))
         except RefusedError as error:
@@ -384,15 +258,15 @@ class Host:
 
     async def _load(self, request: vnode_pb2.LoadRequest, caller: Caller) -> vnode_pb2.LoadReply:
         """Makes the components now, rather than at first use."""
-        net = self._networks.get(request.network_id)
-        if net is None or net.claimant != caller.peer_id or net.epoch != request.epoch:
-            return vnode_pb2.LoadReply(refusal=_stale(net))
+        net = self._hosted.network_of(request.network_id, caller.peer_id, request.epoch)
+        if isinstance(net, common_pb2.Refusal):
+            return vnode_pb2.LoadReply(refusal=net)
         try:
             for vnode in sorted(request.states):
-                found = self._find(request.network_id, request.epoch, vnode)
+                found = self._hosted.find(request.network_id, request.epoch, vnode)
                 if isinstance(found, common_pb2.Refusal):
                     return vnode_pb2.LoadReply(refusal=found)
-                self._states[net.network_id, vnode] = request.states[vnode]
+                self._hosted.begin_from(net.network_id, vnode, request.states[vnode])
                 await found[1].ready()
         except P2PNetError as error:
             return vnode_pb2.LoadReply(refusal=refusal(common_pb2.REFUSAL_CODE_FAILED, str(error)))
@@ -400,100 +274,29 @@ class Host:
 
     # Small things
 
-    async def _drop_all(self, keys: Sequence[tuple[str, str]]) -> None:
-        closing = [self._trainees.pop(key) for key in keys]
-        for key in keys:
-            self._states.pop(key, None)
-        self._note_usage()
-        await asyncio.gather(*(trainee.close() for trainee in closing))
-
-    def _forget_networks(self) -> None:
-        """Of those that have nothing here the oldest; their logs remember their epochs."""
-        hosted = {net for net, _ in self._trainees}
-        idle = [net for net in self._networks if net not in hosted]
-        for net in idle[: max(0, len(self._networks) - NETWORKS_MAX)]:
-            del self._networks[net]
-
-    def _note_usage(self) -> None:
-        used = sum(self._size(net, vnode) for net, vnode in self._trainees)
-        self.usage = Usage(len(self._trainees), used)
-
-    def _sweep_later(self) -> None:
-        if self._sweeping is None:
-            loop = asyncio.get_running_loop()
-            self._sweeping = loop.call_later(SWEEP_S, lambda: self._spawn(self._sweep()))
-
-    async def _sweep(self) -> None:
-        """Lets VNodes go whose orchestrator has not been heard of for long."""
-        self._sweeping = None
-        before = self._swarm.now() - ORPHANED_S
-        await self._drop_all(
-            [key for key in self._trainees if self._networks[key[0]].lease_until < before]
-        )
-        if self._trainees:
-            self._sweep_later()
-
     async def _provide(self, key: bytes) -> None:
         try:
             await self._swarm.provide(key)
         except P2PNetError as error:  # a hint for stock tools; the allocation is what counts
             logger.info("this peer could not be announced as a provider: %s", error)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    async def _warm(self) -> None:
+        """Lets torch load, which takes seconds, before the first step comes.
 
-    def _warm(self) -> None:
-        if self._warming is None and self._trainees:
-            self._warming = asyncio.ensure_future(self._compute.warm())
-
-    def _find(
-        self, network_id: str, epoch: int, vnode: str
-    ) -> tuple[HostedNetwork, Trainee] | common_pb2.Refusal:
-        """The VNode, or why a call for it is refused."""
-        net = self._networks.get(network_id)
-        if net is not None and epoch < net.epoch:
-            return _stale(net)
-        trainee = self._trainees.get((network_id, vnode))
-        if net is None or trainee is None:
-            return refusal(
-                common_pb2.REFUSAL_CODE_NOT_HOSTED,
-                f"this peer does not host {vnode}",
-                epoch=0 if net is None else net.epoch,
-                host="" if net is None else net.locations.get(vnode, ""),
-            )
-        if epoch > net.epoch:
-            return refusal(
-                common_pb2.REFUSAL_CODE_UNKNOWN_EPOCH,
-                f"this peer is at epoch {net.epoch}, not {epoch}",
-                epoch=net.epoch,
-            )
-        if self._swarm.now() > net.lease_until:
-            return refusal(
-                common_pb2.REFUSAL_CODE_LEASE_EXPIRED,
-                f"the orchestrator of {net.graph.name} has not renewed this peer's lease",
-            )
-        return net, trainee
-
-    async def _say_where(
-        self, answer: common_pb2.Refusal, network_id: str, vnode: str
-    ) -> common_pb2.Refusal:
-        """Adds to a refusal where the VNode has gone, as the DHT says."""
-        if answer.code == common_pb2.REFUSAL_CODE_NOT_HOSTED and not answer.host:
-            try:
-                found = await self._swarm.find_allocations(
-                    network_id, vnode, timeout_s=LOOKUP_TIMEOUT_S
-                )
-            except P2PNetError:
-                return answer
-            if found:
-                answer.host, answer.epoch = found[0].host, found[0].epoch
-        return answer
+        But not before the orchestrator has had a moment to publish what was just agreed.
+        """
+        await asyncio.sleep(WARM_AFTER_S)
+        if self.usage.vnodes:
+            await self._compute.warm()
+        else:
+            self._warming = None
 
     async def _fetch(self, net: HostedNetwork, vnode: str) -> bytes | None:
-        ref = self._states.get((net.network_id, vnode))
+        ref = self._hosted.state_of(net.network_id, vnode)
         return None if ref is None else await self._blobs.fetch(ref, net.network_id, net.state_url)
+
+    def _new_trainee(self, vnode: str, net: HostedNetwork) -> Trainee:
+        return self._tensors().new_trainee(vnode, net)
 
     def _tensors(self) -> Engine:
         if self._engine is None:
@@ -508,32 +311,3 @@ class Host:
                 forward=self._deliver_forward,
             )
         return self._engine
-
-    def _size(self, network_id: str, vnode: str) -> int:
-        return self._networks[network_id].graph.node(vnode).memory_bytes(BATCH_SAMPLES)
-
-    def _hosted(self, network_id: str) -> list[pnode_pb2.HostedVNode]:
-        return [
-            pnode_pb2.HostedVNode(
-                network_id=net,
-                vnode=vnode,
-                epoch=self._networks[net].epoch,
-                step=trainee.step,
-                instantiated=trainee.component is not None,
-                error=trainee.error,
-            )
-            for (net, vnode), trainee in sorted(self._trainees.items())
-            if network_id in ("", net)
-        ]
-
-
-def _stale(net: HostedNetwork | None) -> common_pb2.Refusal:
-    if net is None:
-        return refusal(
-            common_pb2.REFUSAL_CODE_UNKNOWN_NETWORK, "this peer hosts nothing of that network"
-        )
-    return refusal(
-        common_pb2.REFUSAL_CODE_STALE_EPOCH,
-        f"{net.graph.name} is at epoch {net.epoch} under {short(net.claimant)} here",
-        epoch=net.epoch,
-    )

@@ -25,6 +25,7 @@ from p2pnet.v1 import common_pb2 as pb
 from p2pnet.vnode.messages import (
     ActivationArrived,
     ApplyDone,
+    Arrival,
     BackwardDone,
     ComputeFailed,
     Decided,
@@ -60,13 +61,12 @@ class _Box:
     payloads: dict[tuple[int, int], object] = field(default_factory=dict)
     digests: dict[tuple[int, int], bytes] = field(default_factory=dict)
 
-    def put(self, edge: int, micro_batch: int, payload: object, digest: bytes) -> bool:
+    def put(self, place: tuple[int, int], payload: object, digest: bytes) -> bool:
         """False: another payload was here before. The same one again changes nothing."""
-        key = (edge, micro_batch)
-        if key in self.digests:
-            return self.digests[key] == digest
-        self.digests[key] = digest
-        self.payloads[key] = payload
+        if place in self.digests:
+            return self.digests[place] == digest
+        self.digests[place] = digest
+        self.payloads[place] = payload
         return True
 
     def has(self, micro_batch: int) -> bool:
@@ -118,16 +118,8 @@ class StepCore:
     def handle(self, event: Event, now: float) -> Sequence[Effect]:
         """Takes one event. Raises ValueError for a result that nothing was asked for."""
         match event:
-            case ActivationArrived(slot=slot, source=source):
-                inputs = self.wiring.inputs
-                if not 0 <= slot < len(inputs) or inputs[slot].source != source:
-                    return [self._bad(f"has no input {slot} from {source[:80]}")]
-                return self._arrived(event, slot)
-            case GradientArrived(consumer=consumer, slot=slot):
-                edge = self._edge_of.get((consumer, slot))
-                if edge is None:
-                    return [self._bad(f"does not feed input {slot} of {consumer[:80]}")]
-                return self._arrived(event, edge)
+            case ActivationArrived() | GradientArrived():
+                return self._arrived(event)
             case Decided(epoch=epoch, step=step):
                 return self._fence(epoch, step) or self._advance()
             case SaveRequested(epoch=epoch, step=step):
@@ -141,6 +133,17 @@ class StepCore:
             case ComputeFailed():
                 self.failed = event.reason
                 return [Trouble(event.step, event.micro_batch, event.reason, event.bad_input)]
+
+    def wants(self, event: Arrival) -> bool:
+        """Whether `handle` would look at the payload, which may then be decoded.
+
+        The event as the message's head tells it; its digest may be b"", if none is stated.
+        """
+        if self._fault(event) or event.step <= self.applied_step:
+            return False
+        step = self._steps.get(event.step)
+        known = step is not None and self._box(step, event).digests.get(self._place(event))
+        return not (known and event.digest)  # one that is stated is compared as it is
 
     def deadline(self) -> float | None:
         """None: a step that does not move is the orchestrator's to notice, who hears all."""
@@ -164,6 +167,12 @@ class StepCore:
 
     def _fence(self, epoch: int, decided_step: int) -> list[Effect]:
         """Refuses what is of another epoch; else takes note of what is decided."""
+        wrong = self._foreign(epoch, decided_step)
+        if not wrong:
+            self.decided_step = max(self.decided_step, decided_step)
+        return wrong
+
+    def _foreign(self, epoch: int, decided_step: int) -> list[Effect]:
         if epoch != self.epoch:
             older = epoch < self.epoch
             code = pb.REFUSAL_CODE_STALE_EPOCH if older else pb.REFUSAL_CODE_UNKNOWN_EPOCH
@@ -173,16 +182,34 @@ class StepCore:
         # we did is wrong, and must not make us skip the decision.
         if decided_step > self.reported_step:
             return [self._bad(f"has not reported step {decided_step}: it cannot be decided")]
-        self.decided_step = max(self.decided_step, decided_step)
         return []
 
-    def _arrived(self, event: ActivationArrived | GradientArrived, edge: int) -> Sequence[Effect]:
-        if not 0 <= event.micro_batch < self.wiring.micro_batches:
-            return [self._bad(f"knows no micro-batch {event.micro_batch}")]
-        refusal = self._fence(event.epoch, event.decided_step) or self._keep(event, edge)
+    def _fault(self, event: Arrival) -> list[Effect]:
+        """Why a message is refused whatever its payload is."""
+        return (
+            self._misdirected(event)
+            or self._foreign(event.epoch, event.decided_step)
+            or self._untimely(event)
+        )
+
+    def _arrived(self, event: Arrival) -> Sequence[Effect]:
+        if wrong := self._misdirected(event):
+            return wrong
+        refusal = self._fence(event.epoch, event.decided_step) or self._keep(event)
         return [*refusal, *self._advance()]
 
-    def _keep(self, event: ActivationArrived | GradientArrived, edge: int) -> list[Effect]:
+    def _misdirected(self, event: Arrival) -> list[Effect]:
+        if isinstance(event, ActivationArrived):
+            inputs = self.wiring.inputs
+            if not 0 <= event.slot < len(inputs) or inputs[event.slot].source != event.source:
+                return [self._bad(f"has no input {event.slot} from {event.source[:80]}")]
+        elif (event.consumer, event.slot) not in self._edge_of:
+            return [self._bad(f"does not feed input {event.slot} of {event.consumer[:80]}")]
+        if not 0 <= event.micro_batch < self.wiring.micro_batches:
+            return [self._bad(f"knows no micro-batch {event.micro_batch}")]
+        return []
+
+    def _untimely(self, event: Arrival) -> list[Effect]:
         if event.step <= self.applied_step:
             return []  # late: all that it could change is done
         if self.failed:
@@ -191,15 +218,28 @@ class StepCore:
         if event.step > self.applied_step + 1 + AHEAD_STEPS_MAX:
             detail = f"{self.wiring.vnode} is at step {self.applied_step + 1}: try again later"
             return [Refuse(pb.REFUSAL_CODE_BUSY, detail)]
+        return []
+
+    def _keep(self, event: Arrival) -> list[Effect]:
+        refusal = self._untimely(event)
+        if refusal or event.step <= self.applied_step:
+            return refusal
         step = self._steps.get(event.step)
         if step is None:
             wiring = self.wiring
             step = _Step(_Box(len(wiring.inputs)), _Box(len(wiring.consumers)))
             self._steps[event.step] = step
-        box = step.activations if isinstance(event, ActivationArrived) else step.gradients
-        if not box.put(edge, event.micro_batch, event.payload, event.digest):
+        if not self._box(step, event).put(self._place(event), event.payload, event.digest):
             return [self._bad(f"has got another tensor for this place in step {event.step}")]
         return []
+
+    def _place(self, event: Arrival) -> tuple[int, int]:
+        if isinstance(event, ActivationArrived):
+            return event.slot, event.micro_batch
+        return self._edge_of[event.consumer, event.slot], event.micro_batch
+
+    def _box(self, step: _Step, event: Arrival) -> _Box:
+        return step.activations if isinstance(event, ActivationArrived) else step.gradients
 
     def _save(self, step: int) -> Sequence[Effect]:
         if step < self.applied_step or (step == self.applied_step and self._applying):

@@ -50,6 +50,7 @@ _DTYPES: dict[pb.DType, np.dtype[Any]] = {
 _BY_NAME = {dtype.name: value for value, dtype in _DTYPES.items() if value != pb.DTYPE_BFLOAT16} | {
     "bfloat16": pb.DTYPE_BFLOAT16
 }
+_NAMES = {value: name for name, value in _BY_NAME.items()}
 
 
 def encode(array: Array, codec: pb.Codec = AUTO, *, dtype_name: str | None = None) -> pb.Tensor:
@@ -108,6 +109,11 @@ def decode(tensor: pb.Tensor, *, bytes_max: int = BYTES_MAX) -> Array:
         raise MalformedError("a tensor of booleans holds bytes other than 0 and 1")
     array: Array = np.frombuffer(buffer, dtype).reshape(tuple(tensor.shape))
     return array if sys.byteorder == "little" else array.astype(dtype.newbyteorder("="))
+
+
+def dtype_name(tensor: pb.Tensor) -> str:
+    """The name of a message's dtype, as `encode` takes it; "?" for one that does not travel."""
+    return _NAMES.get(tensor.dtype, "?")
 
 
 def raw_bytes(array: Array) -> bytes:

@@ -9,27 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 
-from p2pnet.errors import MalformedError, P2PNetError
+from p2pnet.errors import MalformedError, P2PNetError, RefusedError
+from p2pnet.tasks import TaskSet
 from p2pnet.v1 import common_pb2, orchestrator_pb2, vnode_pb2
 from p2pnet.vnode.courier import Courier, EpochOver, HopFailed
+from p2pnet.vnode.edges import head_of, misfit, tensor_of, wiring_of
 from p2pnet.vnode.executor import ComputeThread
 from p2pnet.vnode.faults import Faults
 from p2pnet.vnode.hosted import HostedComponent
 from p2pnet.vnode.messages import (
     ActivationArrived,
     ApplyDone,
+    Arrival,
     BackwardDone,
     ComputeFailed,
-    Consumer,
     Effect,
     Event,
     ForwardDone,
     GradientArrived,
-    InputSlot,
     Refuse,
     Report,
     RunApply,
@@ -40,18 +40,16 @@ from p2pnet.vnode.messages import (
     SendActivation,
     SendGradient,
     Trouble,
-    Wiring,
 )
-from p2pnet.vnode.network import HostedNetwork, refusal
+from p2pnet.vnode.network import HostedNetwork, clip, refusal
 from p2pnet.vnode.step import StepCore
 from p2pnet.vnode.swarm import Swarm
-from p2pnet.vnode.tensors import Array, decode, digest_of, encode
+from p2pnet.vnode.tensors import Array, digest_of, encode
 
 logger = logging.getLogger(__name__)
 
 REPORT_TIMEOUT_S = 5.0
 SAVE_TIMEOUT_S = 20.0
-_EFFECTS_MAX = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +73,15 @@ class Trainee:
         self.component: HostedComponent | None = None
         self._net = net
         self._around = around
-        self._core = StepCore(wiring_of(net, vnode), epoch=net.epoch, base_step=net.base_step)
-        self._effects: asyncio.Queue[Effect] = asyncio.Queue(maxsize=_EFFECTS_MAX)
+        self._core = StepCore(wiring_of(net.graph, vnode), epoch=net.epoch, base_step=net.base_step)
+        # What the core keeps is bounded, and so is what it asks for.
+        self._effects: asyncio.Queue[Effect] = asyncio.Queue()
         self._state_digest = b""  # of the state at the last cut
         self._saves: dict[int, asyncio.Future[bytes]] = {}
         self._loading = asyncio.Lock()
-        self._hops: set[asyncio.Task[None]] = set()
-        self._worker = asyncio.ensure_future(self._work())
+        self._closed = False
+        self._tasks = TaskSet(f"{vnode} of network {net.graph.name}")
+        self._tasks.spawn(self._work())
 
     @property
     def step(self) -> int:
@@ -90,12 +90,11 @@ class Trainee:
 
     async def close(self) -> None:
         """Stops: the epoch is over, or the VNode has gone elsewhere."""
-        tasks = [self._worker, *self._hops]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self._closed = True
         for save in self._saves.values():
-            save.cancel()
+            if not save.done():
+                save.set_exception(self._over())
+        await self._tasks.close()
 
     async def ready(self) -> HostedComponent:
         """The component with its state, made at first use; raises P2PNetError."""
@@ -104,7 +103,7 @@ class Trainee:
                 try:
                     self.component = await self._around.load(self._net, self.vnode)
                 except P2PNetError as error:
-                    self.error = str(error)
+                    self.error = clip(str(error))
                     raise
         return self.component
 
@@ -114,8 +113,18 @@ class Trainee:
         Raises:
             MalformedError: bytes that are no tensor, or no training message.
         """
-        event = event_of(request)
-        return _misfit(self._net, request, event) or self.take(event)
+        event = head_of(request)
+        if not self._core.wants(event):
+            return self.take(event)  # and says why, if that is a mistake
+        graph = self._net.graph
+        ref = self.vnode if isinstance(event, GradientArrived) else request.source
+        if answer := misfit(graph, ref, self.vnode, request.tensor):
+            return answer
+        tensor = tensor_of(graph, ref, request.tensor)
+        digest = digest_of(tensor)
+        if request.tensor_digest not in (b"", digest):
+            raise MalformedError("the tensor is not the one that its digest names")
+        return self.take(replace(event, payload=tensor, digest=digest))
 
     def take(self, event: Event) -> common_pb2.Refusal | None:
         """Takes what a peer sent; the refusal, if there is one, is the answer."""
@@ -128,21 +137,38 @@ class Trainee:
         return answer
 
     async def save(self, step: int) -> bytes:
-        """The state after `step`, which is decided, as safetensors; raises P2PNetError."""
+        """The state after `step`, which is decided, as safetensors.
+
+        Raises:
+            TimeoutError: the step is not applied in time.
+            RefusedError: the epoch is over.
+            P2PNetError: there is no such state.
+        """
         await self.ready()
-        done = self._saves.setdefault(step, asyncio.get_running_loop().create_future())
-        try:
+        if self._closed:
+            raise self._over()
+        done = self._saves.get(step)
+        if done is None:
             if answer := self.take(SaveRequested(self._net.epoch, step)):
                 raise MalformedError(answer.detail)
-            async with asyncio.timeout(SAVE_TIMEOUT_S):
-                state = await asyncio.shield(done)
-        finally:
-            self._saves.pop(step, None)
-        return state
+            done = self._saves[step] = asyncio.get_running_loop().create_future()
+            done.add_done_callback(lambda done: self._saved(step, done))
+        async with asyncio.timeout(SAVE_TIMEOUT_S):
+            return await asyncio.shield(done)
 
     def saved_as(self, digest: bytes) -> None:
         """The state at the last cut is known by this digest."""
         self._state_digest = digest
+
+    def _saved(self, step: int, done: asyncio.Future[bytes]) -> None:
+        del self._saves[step]
+        done.exception()  # it may be that nobody waits any more
+
+    def _over(self) -> RefusedError:
+        return RefusedError(
+            f"epoch {self._net.epoch} of {self._net.graph.name} is over here",
+            code=common_pb2.REFUSAL_CODE_STALE_EPOCH,
+        )
 
     # Carrying out
 
@@ -158,6 +184,7 @@ class Trainee:
                 self._failed(effect, f"{type(error).__name__}: {error}", bad_input=False)
 
     def _failed(self, effect: Effect, reason: str, *, bad_input: bool) -> None:
+        reason = clip(reason)
         self.error = "" if bad_input else reason
         if isinstance(effect, RunSave):
             done = self._saves.get(effect.step)
@@ -203,9 +230,9 @@ class Trainee:
             case SendGradient():
                 self._send_gradient(effect)
             case Report():
-                self._spawn(self._report(effect))
+                self._tasks.spawn(self._report(effect))
             case Trouble():
-                self._spawn(
+                self._tasks.spawn(
                     self._trouble(effect.step, "", effect.reason, bad_input=effect.bad_input)
                 )
             case Refuse():
@@ -233,7 +260,7 @@ class Trainee:
         direction: vnode_pb2.Direction,
         slot: int,
         tensor: Array,
-        event: ActivationArrived | GradientArrived,
+        event: Arrival,
     ) -> None:
         async def here() -> common_pb2.Refusal | None:
             return await self._around.deliver(self._net, to, event)
@@ -263,7 +290,7 @@ class Trainee:
             except HopFailed as error:
                 await self._trouble(event.step, error.host, f"{to}: {error}", bad_input=False)
 
-        self._spawn(send())
+        self._tasks.spawn(send())
 
     async def _report(self, effect: Report) -> None:
         held = orchestrator_pb2.Held(state_digest=self._state_digest)
@@ -276,7 +303,7 @@ class Trainee:
         )
 
     async def _trouble(self, step: int, host: str, reason: str, *, bad_input: bool) -> None:
-        trouble = orchestrator_pb2.Trouble(host=host, reason=reason, bad_input=bad_input)
+        trouble = orchestrator_pb2.Trouble(host=host, reason=clip(reason), bad_input=bad_input)
         await self._tell(
             orchestrator_pb2.ReportRequest(id=self._id(step), vnode=self.vnode, trouble=trouble)
         )
@@ -296,66 +323,6 @@ class Trainee:
     def _id(self, step: int) -> vnode_pb2.StepId:
         return vnode_pb2.StepId(network_id=self._net.network_id, epoch=self._net.epoch, step=step)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._hops.add(task)
-        task.add_done_callback(self._hops.discard)
-
-
-def event_of(request: vnode_pb2.TrainRequest) -> ActivationArrived | GradientArrived:
-    """The event in a message from a peer; raises MalformedError."""
-    tensor = decode(request.tensor)
-    digest = digest_of(tensor)
-    if request.tensor_digest and request.tensor_digest != digest:
-        raise MalformedError("the tensor is not the one that its digest names")
-    step = request.id
-    if request.direction == vnode_pb2.DIRECTION_BACKWARD:
-        return GradientArrived(
-            step.epoch, step.step, step.micro_batch, request.source, request.slot,
-            tensor, digest, request.decided_step,
-        )  # fmt: skip
-    if request.direction == vnode_pb2.DIRECTION_FORWARD:
-        return ActivationArrived(
-            step.epoch, step.step, step.micro_batch, request.source, request.slot,
-            tensor, digest, request.decided_step,
-        )  # fmt: skip
-    raise MalformedError("a training message goes forward or backward")
-
-
-def wiring_of(net: HostedNetwork, vnode: str) -> Wiring:
-    """A VNode's place in its network, as the step core wants it."""
-    graph = net.graph
-    node = graph.node(vnode)
-    known = set(graph.vnodes())
-    consumers: Sequence[tuple[str, int]] = graph.consumers(vnode)
-    return Wiring(
-        vnode=vnode,
-        inputs=tuple(InputSlot(ref, ref not in known) for ref in node.inputs),
-        consumers=tuple(Consumer(consumer, slot) for consumer, slot in consumers),
-        is_loss=vnode == graph.loss.id,
-        micro_batches=graph.micro_batches,
-    )
-
 
 def _array(payload: object) -> Array:
     return payload  # type: ignore[return-value]  # the step core carries payloads without looking
-
-
-def _misfit(
-    net: HostedNetwork, request: vnode_pb2.TrainRequest, event: ActivationArrived | GradientArrived
-) -> common_pb2.Refusal | None:
-    """Refuses a tensor that is not what the graph says of its edge."""
-    backward = isinstance(event, GradientArrived)
-    try:
-        expected = net.graph.tensor(request.vnode if backward else request.source)
-    except KeyError:
-        return refusal(common_pb2.REFUSAL_CODE_BAD_REQUEST, f"there is no {request.source}")
-    tensor = _array(event.payload)
-    samples, *sample = tensor.shape or (0,)
-    if samples and tuple(sample) == expected.shape and tensor.dtype.name == expected.dtype:
-        return None
-    return refusal(
-        common_pb2.REFUSAL_CODE_BAD_REQUEST,
-        f"{request.vnode} takes {expected.dtype}{list(expected.shape)} a sample from "
-        f"{request.source}, not {tensor.dtype.name}{sample} for {samples} samples",
-    )

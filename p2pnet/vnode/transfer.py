@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from p2pnet.errors import ForgedError, RefusedError, UnreachableError
 from p2pnet.keys import sha256
 from p2pnet.net.dialer import Dialer, PeerContact
@@ -10,18 +12,25 @@ from p2pnet.vnode.blobs import BLOB_BYTES_MAX, chunks_of
 
 
 async def put_blob(
-    dialer: Dialer, contact: PeerContact, data: bytes, *, network_id: str, timeout_s: float
+    dialer: Dialer,
+    contact: PeerContact,
+    data: bytes,
+    *,
+    network_id: str,
+    timeout_s: float,
+    digest: bytes = b"",
 ) -> None:
-    """Gives a peer a copy.
+    """Gives a peer a copy of `data`, whose SHA-256 is worked out if it is not given.
 
     Raises:
         UnreachableError: no connection, or not in time.
         RefusedError: the peer takes no more.
     """
+    digest = digest or await asyncio.to_thread(sha256, data)
     async with dialer.stream(
         contact, "Blob/Put", vnode_pb2.BlobPutReply, timeout_s=timeout_s
     ) as stream:
-        for chunk in chunks_of(data, network_id):
+        for chunk in chunks_of(data, digest, network_id):
             await stream.write(chunk)
         await stream.done_writing()
         reply = await stream.read(timeout_s=timeout_s)
@@ -51,6 +60,7 @@ async def get_blob(
             data += chunk.data
             if len(data) > BLOB_BYTES_MAX:
                 raise ForgedError("a peer sent more bytes than any state has")
-    if sha256(bytes(data)) != digest:
+    whole = bytes(data)
+    if await asyncio.to_thread(sha256, whole) != digest:
         raise ForgedError("a peer sent other bytes than the digest names")
-    return bytes(data)
+    return whole

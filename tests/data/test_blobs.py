@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from p2pnet.data.blobs import BlobStore, open_state
+from p2pnet.data.blobs import BlobStore, NoRoomError, open_state
 from p2pnet.errors import MalformedError, NotFoundError, ResourceError, UsageError
 
 
@@ -88,13 +88,53 @@ def test_a_full_disk_leaves_nothing_behind(
     store.put(b"state")
 
 
-def test_retain_deletes_the_rest(store: BlobStore) -> None:
-    keep, lose = store.put(b"keep"), store.put(b"lose")
+def test_what_a_crash_has_left_is_tidied_away(store: BlobStore) -> None:
+    keep = store.put(b"keep")
     (store.path / ".put-crashed").write_bytes(b"half")
     (store.path / "notes.txt").write_bytes(b"somebody's")
-    assert store.retain({keep}) == 2
+    store.tidy()
     assert sorted(os.listdir(store.path)) == sorted([keep, "notes.txt"])
-    assert not store.has(lose)
+
+
+def test_when_each_was_written(store: BlobStore) -> None:
+    one, other = store.put(b"one"), store.put(b"other")
+    (store.path / "notes.txt").write_bytes(b"somebody's")
+    os.utime(store.path / one, (1000.0, 1000.0))
+    written = store.written_at()
+    assert sorted(written) == sorted([one, other])
+    assert written[one] == 1000.0
+    assert written[other] > 1000.0
+
+
+def test_a_digest_that_is_known_is_not_worked_out_again(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = hashlib.sha256(b"state").hexdigest()
+    with monkeypatch.context() as patched:
+        patched.setattr(hashlib, "sha256", lambda data: pytest.fail("hashed"))
+        assert store.put(b"state", digest) == digest
+    assert store.get(digest) == b"state"
+
+
+def test_only_what_room_could_mend_is_want_of_room(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put(b"a" * 600)
+    with pytest.raises(NoRoomError):
+        store.put(b"b" * 600)
+    with pytest.raises(ResourceError) as never:
+        store.put(b"b" * 1001)
+    assert not isinstance(never.value, NoRoomError)
+    for number, mends in ((errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, False)):
+
+        def fail(handle: int, number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", fail)
+            with pytest.raises(ResourceError) as failed:
+                store.put(b"c")
+        assert isinstance(failed.value, NoRoomError) == mends
 
 
 @pytest.mark.parametrize(

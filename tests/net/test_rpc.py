@@ -411,6 +411,23 @@ def test_a_handler_has_a_deadline_of_its_own() -> None:
     on_bench(test)
 
 
+def test_a_handler_whose_work_was_cancelled_answers_at_once() -> None:
+    async def given_up(request: pb.Refusal, caller: Caller) -> pb.Refusal:
+        work = asyncio.get_running_loop().create_future()
+        work.cancel()
+        await work
+        return pb.Refusal()
+
+    async def test(bench: Bench) -> None:
+        bench.server.add("Given", {"Up": unary(given_up, pb.Refusal, pb.Refusal)})
+        with pytest.raises(RefusedError, match="given up"):
+            await bench.dialer.call(
+                bench.contact, "Given/Up", pb.Refusal(), pb.Refusal, timeout_s=LONG_S * 2
+            )
+
+    on_bench(test)
+
+
 def test_a_caller_that_leaves_a_stream_ends_its_handler() -> None:
     async def test(bench: Bench) -> None:
         ended = asyncio.Event()

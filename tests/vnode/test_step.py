@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from p2pnet.vnode import step as step_module
 from p2pnet.vnode.messages import (
     ActivationArrived,
     ApplyDone,
+    Arrival,
     BackwardDone,
     ComputeFailed,
     Consumer,
@@ -148,19 +150,24 @@ def test_feeding_too_far_ahead_is_held_back() -> None:
 
 
 class RunsDoublesAgain(StepCore):
-    def _keep(self, event: ActivationArrived | GradientArrived, edge: int) -> list[Effect]:
+    def _keep(self, event: Arrival) -> list[Effect]:
         step = self._steps.get(event.step)
         if step is not None and isinstance(event, ActivationArrived):
-            step.activations.digests.pop((edge, event.micro_batch), None)
+            step.activations.digests.pop((event.slot, event.micro_batch), None)
             if step.forwards_run > event.micro_batch and step.activations.edges == 1:
                 return [RunForward(event.step, event.micro_batch, (event.payload,))]
-        return super()._keep(event, edge)
+        return super()._keep(event)
 
 
 class KeepsLateOnes(StepCore):
-    def _keep(self, event: ActivationArrived | GradientArrived, edge: int) -> list[Effect]:
+    def _keep(self, event: Arrival) -> list[Effect]:
         self._steps.setdefault(event.step, step_module._Step(_Box(1), _Box(1)))
-        return super()._keep(event, edge)
+        return super()._keep(event)
+
+
+class WantsOnlyThePresentStep(StepCore):
+    def wants(self, event: Arrival) -> bool:
+        return event.step == self.applied_step + 1 and super().wants(event)
 
 
 class DoesNotWaitForTheDecision(StepCore):
@@ -183,7 +190,14 @@ class WaitsForOne(_Box):
 
 @pytest.mark.parametrize(
     "mutant",
-    [RunsDoublesAgain, KeepsLateOnes, DoesNotWaitForTheDecision, TakesAsItCame, WaitsForOne],
+    [
+        RunsDoublesAgain,
+        KeepsLateOnes,
+        WantsOnlyThePresentStep,
+        DoesNotWaitForTheDecision,
+        TakesAsItCame,
+        WaitsForOne,
+    ],
     ids=lambda mutant: mutant.__name__,
 )
 def test_mutants_are_caught(
@@ -331,8 +345,20 @@ def test_late_is_dropped_early_is_kept_and_too_early_is_busy() -> None:
 )
 def test_what_is_wrong_is_refused_and_changes_nothing(event: Event, code: int) -> None:
     handle = a_core()
+    if isinstance(event, Arrival):
+        assert not StepCore(WIRING, epoch=EPOCH, base_step=0).wants(event)
     assert refusal(handle(event)) == code
     held(handle)
+
+
+def test_what_has_come_already_is_wanted_only_to_be_compared() -> None:
+    core = StepCore(WIRING, epoch=EPOCH, base_step=0)
+    event = activation(1, 0)
+    assert core.wants(event)
+    core.handle(event, 0.0)
+    assert not core.wants(event)  # the digest that it states is enough
+    assert not core.wants(replace(event, digest=b"another"))
+    assert core.wants(replace(event, digest=b""))
 
 
 def test_nobody_can_decide_what_we_have_not_reported() -> None:

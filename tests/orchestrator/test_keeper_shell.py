@@ -1,0 +1,215 @@
+"""A keeper's promises are on disk before they are made, and hold after a restart."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from log_helpers import NETWORK, OPEN, key
+from virtual_time import play
+
+from p2pnet.errors import LocalError, ResourceError
+from p2pnet.net.handlers import Caller
+from p2pnet.orchestrator import keeper_shell
+from p2pnet.orchestrator.keeper_shell import KeeperService
+from p2pnet.orchestrator.log import History, new_claim
+from p2pnet.v1 import common_pb2, log_pb2
+
+ME, ONE, TWO = key(1), key(2), key(3)
+
+
+class Asked:
+    """A keeper that is asked as gRPC would."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._methods = KeeperService(ME.peer_id, directory).services()["Keeper"]
+
+    async def __call__(self, method: str, request: Any, by: str, reply_type: Any) -> Any:
+        async def requests() -> Any:
+            yield request.SerializeToString()
+
+        async def write(reply: bytes) -> None:
+            raise AssertionError("no stream")
+
+        raw = await self._methods[method].run(requests(), Caller(by, 5.0), write)
+        return reply_type.FromString(raw)
+
+    async def prepare(self, round: int, by: Any = ONE) -> log_pb2.PrepareReply:
+        request = log_pb2.PrepareRequest(network_id=NETWORK, slot=1, ballot=ballot(round, by))
+        reply: log_pb2.PrepareReply = await self(
+            "Prepare", request, by.peer_id, log_pb2.PrepareReply
+        )
+        return reply
+
+    async def accept(self, round: int, by: Any = ONE) -> log_pb2.AcceptReply:
+        request = log_pb2.AcceptRequest(
+            network_id=NETWORK, slot=1, ballot=ballot(round, by), entry=claim(by)
+        )
+        reply: log_pb2.AcceptReply = await self("Accept", request, by.peer_id, log_pb2.AcceptReply)
+        return reply
+
+    async def learn(self) -> None:
+        request = log_pb2.LearnRequest(network_id=NETWORK, entries=[claim(ONE)])
+        await self("Learn", request, ONE.peer_id, log_pb2.LearnReply)
+
+    async def read(self) -> list[common_pb2.Signed]:
+        request = log_pb2.ReadLogRequest(network_id=NETWORK)
+        reply = await self("ReadLog", request, "anybody", log_pb2.ReadLogReply)
+        return list(reply.entries)
+
+    def again(self) -> Asked:
+        """After a restart."""
+        return Asked(self.directory)
+
+
+def ballot(round: int, by: Any) -> log_pb2.Ballot:
+    return log_pb2.Ballot(round=round, proposer=by.peer_id)
+
+
+def claim(by: Any) -> common_pb2.Signed:
+    return new_claim(History(NETWORK), by, OPEN, keepers=[ME.peer_id])
+
+
+def test_a_promise_outlasts_a_restart(tmp_path: Path) -> None:
+    async def main() -> None:
+        keeper = Asked(tmp_path / "keeper")
+        assert (await keeper.prepare(5)).promised
+        after = keeper.again()
+        refused = await after.prepare(4, TWO)
+        assert not refused.promised
+        assert refused.ballot.round == 5
+        assert not (await after.accept(4, TWO)).accepted
+
+    play(main())
+
+
+def test_what_was_accepted_outlasts_a_restart(tmp_path: Path) -> None:
+    async def main() -> None:
+        keeper = Asked(tmp_path / "keeper")
+        await keeper.prepare(5)
+        assert (await keeper.accept(5)).accepted
+        promise = await keeper.again().prepare(6, TWO)
+        assert promise.promised
+        assert promise.accepted.round == 5
+        assert promise.entry == claim(ONE)
+
+    play(main())
+
+
+def test_what_was_decided_outlasts_a_restart(tmp_path: Path) -> None:
+    async def main() -> None:
+        keeper = Asked(tmp_path / "keeper")
+        await keeper.learn()
+        after = keeper.again()
+        assert await after.read() == [claim(ONE)]
+        reply = await after.prepare(9, TWO)
+        assert reply.decided
+        assert reply.entry == claim(ONE)
+        assert os.listdir(tmp_path / "keeper" / NETWORK) == ["1"]
+
+    play(main())
+
+
+def test_it_is_on_disk_and_synced_before_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted(name: str, real: Any) -> Any:
+        def call(*args: Any) -> None:
+            done.append(name)
+            real(*args)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", noted("fsync", fsync))
+    monkeypatch.setattr(os, "replace", noted("replace", replace))
+
+    async def main() -> None:
+        keeper = Asked(tmp_path / "keeper")
+        for ask in (lambda: keeper.prepare(5), lambda: keeper.accept(5), keeper.learn):
+            done.clear()
+            await ask()
+            assert done == ["fsync", "replace", "fsync"]  # the file, its name, the name's folder
+        done.clear()
+        await keeper.read()
+        await keeper.prepare(9)
+        assert done == []  # nothing new to keep
+
+    play(main())
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_after_a_write_error_nothing_is_promised_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def main() -> None:
+        keeper = Asked(tmp_path / "keeper")
+        assert (await keeper.prepare(5)).promised
+        with monkeypatch.context() as patch:
+            patch.setattr(os, broken, full)
+            with pytest.raises(ResourceError, match="No space left"):
+                await keeper.prepare(7)
+        # The core has promised 7 and the disk may not know: whatever it answered now,
+        # a restart might take back.
+        for ask in (lambda: keeper.prepare(6), lambda: keeper.accept(7), keeper.learn, keeper.read):
+            with pytest.raises(ResourceError, match="No space left"):
+                await ask()
+        after = keeper.again()
+        assert (await after.prepare(8)).promised
+
+    play(main())
+
+
+def test_half_a_file_of_a_crash_is_not_taken_for_a_promise(tmp_path: Path) -> None:
+    async def main() -> None:
+        keeper = Asked(tmp_path / "keeper")
+        await keeper.prepare(5)
+        aside = tmp_path / "keeper" / NETWORK / ".1"
+        aside.write_bytes(b"half")
+        assert not (await keeper.again().prepare(5, TWO)).promised or ONE.peer_id < TWO.peer_id
+        assert not aside.exists()
+
+    play(main())
+
+
+@pytest.mark.parametrize("damage", ["bytes", "name", "gap", "size"])
+def test_damage_is_said_and_nothing_thrown_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    folder = tmp_path / "keeper" / NETWORK
+
+    async def main() -> None:
+        keeper = Asked(tmp_path / "keeper")
+        await keeper.learn()
+        if damage == "bytes":
+            (folder / "1").write_bytes(b"\xff\xff")
+        elif damage == "name":
+            (folder / "1").rename(folder / "one")
+        elif damage == "gap":
+            (folder / "1").rename(folder / "2")
+        else:
+            monkeypatch.setattr(keeper_shell, "_FILE_BYTES_MAX", 10)
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(LocalError, match=r"damaged|does not belong"):
+            keeper.again()
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+    play(main())
+
+
+def test_a_new_keeper_has_kept_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        keeper = Asked(tmp_path / "not yet")
+        assert await keeper.read() == []
+        assert not (tmp_path / "not yet").exists()
+
+    play(main())

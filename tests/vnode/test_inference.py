@@ -1,0 +1,350 @@
+"""Forward passes through several hosts: what torch says, or a clear no, and never a hang."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hosting import ORDER, allocate, network_of, place
+from memory_client import MemorySession
+from memory_swarm import MemorySwarm
+from memory_wire import Letter, keypair_of
+from small_network import plain, plain_output, small_graph, submit, train
+from virtual_time import play
+
+from p2pnet.client import inference as client
+from p2pnet.errors import NotFoundError, RefusedError, UnreachableError, UsageError
+from p2pnet.v1 import common_pb2, vnode_pb2
+from p2pnet.vnode import edges, inference
+from p2pnet.vnode.hosted import HostedComponent
+from p2pnet.vnode.network import BATCH_SAMPLES, REASON_CHARS_MAX
+from p2pnet.vnode.tensors import RAW, Array, decode, encode
+
+GRAPH = small_graph()
+NETWORK = network_of(GRAPH)
+HERE = dict.fromkeys(ORDER, "a")
+SPREAD = dict(zip(ORDER, "abcabc", strict=True))
+
+
+def samples(count: int, seed: int = 1) -> Array:
+    return np.random.default_rng(seed).standard_normal((count, 6)).astype(np.float32)
+
+
+async def trained_swarm(swarm: MemorySwarm, steps: int) -> Any:
+    session = MemorySession(swarm)
+    network = await submit(session, swarm["a"].peer_id)
+    await train(session, network, steps)
+    return session, network
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 300, 1100])
+def test_three_hosts_say_what_torch_says(tmp_path: Path, count: int) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abc") as swarm:
+            session, network = await trained_swarm(swarm, 3)
+            hosts = {it.host for it in (await session.status(network)).locations}
+            assert len(hosts) == 3
+            x = samples(count)
+            output = await client.infer(session, network, GRAPH, {"x": x})
+            expected = plain_output(3, x)
+            assert output.shape == expected.shape == (count, 3)
+            assert output.dtype == expected.dtype
+            np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)
+
+    play(main())
+
+
+def test_inference_changes_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abc") as swarm:
+            session, network = await trained_swarm(swarm, 3)
+            before = {v: ref.digest for v, ref in (await session.cut(network)).items()}
+            await client.infer(session, network, GRAPH, {"x": samples(9)})
+            trained = await train(session, network, 4, first=4)
+            assert trained.digest == plain(4)[0]
+            after = {v: ref.digest for v, ref in (await session.cut(network)).items()}
+            assert after != before
+
+    play(main())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "why"),
+    [
+        ({"x": np.zeros((2, 5), np.float32)}, UsageError, r"\[6\] a sample"),
+        ({"x": np.zeros((2, 6), np.int64)}, UsageError, "float32"),
+        ({"z": np.zeros((2, 6), np.float32)}, UsageError, "no input 'z'"),
+        ({}, NotFoundError, "needs the input 'x'"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_not_sent(
+    tmp_path: Path, inputs: dict[str, Array], error: type[Exception], why: str
+) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abc") as swarm:
+            session = MemorySession(swarm)
+            network = await submit(session, swarm["a"].peer_id)
+            with pytest.raises(error, match=why):
+                await client.infer(session, network, GRAPH, inputs)
+            assert not [it for it in swarm.letters if it.method == "VNode/Forward"]
+
+    play(main())
+
+
+def test_a_host_that_dies_on_the_way_costs_a_little_time(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abcd") as swarm:
+            session, network = await trained_swarm(swarm, 3)
+            killed: list[str] = []
+
+            def hook(letter: Letter) -> None:
+                stranger = letter.source not in swarm.nodes
+                spared = letter.to == swarm["a"].peer_id  # the orchestrator
+                if letter.method == "VNode/Forward" and not (stranger or spared or killed):
+                    killed.append(letter.to)
+                    swarm.kill(letter.to)
+
+            swarm.before.append(hook)
+            x = samples(5)
+            output = await client.infer(session, network, GRAPH, {"x": x})
+            assert len(killed) == 1
+            np.testing.assert_allclose(output, plain_output(3, x), rtol=1e-5, atol=1e-6)
+
+    play(main())
+
+
+# By hand, on hosts without an orchestrator
+
+
+def forward(
+    vnode: str, source: str, array: Array, request_id: bytes, /, **changes: Any
+) -> vnode_pb2.ForwardRequest:
+    fields: dict[str, Any] = {
+        "network_id": NETWORK,
+        "epoch": 1,
+        "request_id": request_id,
+        "vnode": vnode,
+        "source": source,
+        "slot": GRAPH.node(vnode).inputs.index(source),
+        "tensor": encode(array),
+    }
+    return vnode_pb2.ForwardRequest(**(fields | changes))
+
+
+async def give(swarm: MemorySwarm, name: str, request: vnode_pb2.ForwardRequest) -> Any:
+    reply = await swarm.ask(name, "VNode/Forward", request, vnode_pb2.HopReply)
+    return reply.refusal
+
+
+async def collect(
+    swarm: MemorySwarm, name: str, request_id: bytes, timeout_s: float = 5.0
+) -> vnode_pb2.CollectReply:
+    request = vnode_pb2.CollectRequest(
+        network_id=NETWORK, epoch=1, request_id=request_id, vnode="out"
+    )
+    letter = Letter(keypair_of("stranger").peer_id, swarm[name].peer_id, "VNode/Collect", request)
+    return vnode_pb2.CollectReply.FromString(await swarm.carry(letter, timeout_s))
+
+
+async def ask(swarm: MemorySwarm, hosts: dict[str, str], x: Array, request_id: bytes) -> None:
+    for vnode in ("fc1", "skip"):
+        assert (await give(swarm, hosts[vnode], forward(vnode, "x", x, request_id))).code == 0
+
+
+def test_the_output_waits_for_who_comes_late(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abc") as swarm:
+            await place(swarm, GRAPH, SPREAD, lease_s=600)
+            x = samples(4)
+            waiting = asyncio.ensure_future(collect(swarm, SPREAD["out"], b"early"))
+            await asyncio.sleep(1)
+            await ask(swarm, SPREAD, x, b"early")
+            early = await waiting
+            np.testing.assert_allclose(decode(early.tensor), plain_output(0, x), rtol=1e-5)
+            await ask(swarm, SPREAD, x, b"late")
+            await asyncio.sleep(30)
+            late = await collect(swarm, SPREAD["out"], b"late")
+            assert late.tensor == early.tensor
+            await asyncio.sleep(60)  # and it is not kept for ever
+            gone = await collect(swarm, SPREAD["out"], b"late")
+            assert gone.refusal.code == common_pb2.REFUSAL_CODE_FAILED
+
+    play(main())
+
+
+def test_an_output_that_does_not_come_is_a_refusal_in_time(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abc") as swarm:
+            await place(swarm, GRAPH, SPREAD)
+            began = swarm.loop.time()
+            reply = await collect(swarm, SPREAD["out"], b"never", timeout_s=3)
+            assert swarm.loop.time() - began < 3
+            assert reply.refusal.code == common_pb2.REFUSAL_CODE_FAILED
+            assert reply.refusal.detail == "the output has not come in time"
+
+    play(main())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no more registers"), UsageError("no more paper")])
+def test_a_vnode_that_fails_says_so_to_who_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    real = HostedComponent.do_infer
+
+    def broken(self: HostedComponent, inputs: Any) -> Any:
+        if self.vnode == "act":
+            raise error
+        return real(self, inputs)
+
+    monkeypatch.setattr(HostedComponent, "do_infer", broken)
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abc") as swarm:
+            await place(swarm, GRAPH, SPREAD)
+            await ask(swarm, SPREAD, samples(4), b"id")
+            began = swarm.loop.time()
+            reply = await collect(swarm, SPREAD["out"], b"id", timeout_s=15)
+            assert swarm.loop.time() - began < 1
+            assert reply.refusal.code == common_pb2.REFUSAL_CODE_FAILED
+            assert reply.refusal.detail == f"act: {error}"
+
+    play(main())
+
+
+def test_what_is_passed_on_of_a_failure_is_short(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abc") as swarm:
+            await place(swarm, GRAPH, SPREAD)
+            failed = forward("fc1", "x", samples(1), b"id", failed="no " * 100_000)
+            assert (await give(swarm, SPREAD["fc1"], failed)).code == 0
+            reply = await collect(swarm, SPREAD["out"], b"id")
+            assert len(reply.refusal.detail) == REASON_CHARS_MAX
+            hops = [it.request for it in swarm.letters if it.method == "VNode/Forward"][1:]
+            assert {len(it.failed) for it in hops} <= {0, REASON_CHARS_MAX}
+
+    play(main())
+
+
+def test_a_client_gives_up_on_a_network_that_always_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: HostedComponent, inputs: Any) -> Any:
+        raise RuntimeError("no more registers")
+
+    monkeypatch.setattr(HostedComponent, "do_infer", broken)
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abc") as swarm:
+            session = MemorySession(swarm)
+            network = await submit(session, swarm["a"].peer_id)
+            began = swarm.loop.time()
+            with pytest.raises(UnreachableError, match="no answer for 60 s: .*no more registers"):
+                await client.infer(session, network, GRAPH, {"x": samples(2)})
+            assert 60 < swarm.loop.time() - began < 90
+
+    play(main())
+
+
+BAD: dict[str, dict[str, Any]] = {
+    "shape": {"tensor": encode(samples(4)[:, :5])},
+    "dtype": {"tensor": encode(samples(4).astype(np.float64))},
+    "no samples dimension": {"tensor": encode(np.array(1.0, np.float32))},
+    "no samples": {"tensor": encode(samples(0))},
+    "too many samples": {"tensor": encode(np.zeros((BATCH_SAMPLES + 1, 6), np.float32))},
+    "no tensor": {"tensor": common_pb2.Tensor()},
+    "slot": {"slot": 7},
+    "source": {"source": "fc2"},
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_tensor_that_cannot_be_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "a") as swarm:
+            await place(swarm, GRAPH, HERE)
+            with monkeypatch.context() as patched:
+                patched.setattr(edges, "decode", lambda *args, **kwargs: pytest.fail("decoded"))
+                request = forward("fc1", "x", samples(4), b"id", **BAD[what])
+                refused = await give(swarm, "a", request)
+                assert refused.code == common_pb2.REFUSAL_CODE_BAD_REQUEST
+            short = encode(samples(4), RAW)
+            short.payload = short.payload[1:]
+            with pytest.raises(RefusedError):
+                await give(swarm, "a", forward("fc1", "x", samples(4), b"id", tensor=short))
+            x = samples(4)
+            await ask(swarm, HERE, x, b"id")  # and the right one still counts
+            reply = await collect(swarm, "a", b"id")
+            np.testing.assert_allclose(decode(reply.tensor), plain_output(0, x), rtol=1e-5)
+
+    play(main())
+
+
+def test_requests_that_are_never_finished_give_way_to_newer_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "REQUESTS_MAX", 4)
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "a") as swarm:
+            await place(swarm, GRAPH, HERE)
+            x = samples(4)
+            ids = [os.urandom(16) for _ in range(6)]
+            for request_id in ids:  # half of what `skip` needs
+                assert (await give(swarm, "a", forward("skip", "x", x, request_id))).code == 0
+            answered = []
+            for request_id in reversed(ids):
+                assert (await give(swarm, "a", forward("fc1", "x", x, request_id))).code == 0
+                reply = await collect(swarm, "a", request_id, timeout_s=2)
+                answered.append(reply.HasField("tensor"))
+            assert answered == [True, True, True, True, False, False]
+
+    play(main())
+
+
+def test_outputs_that_nobody_fetches_give_way_to_newer_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "REQUESTS_MAX", 4)
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "a") as swarm:
+            await place(swarm, GRAPH, HERE)
+            ids = [os.urandom(16) for _ in range(6)]
+            for request_id in ids:
+                await ask(swarm, HERE, samples(4), request_id)
+                await asyncio.sleep(0.1)
+            answered = [
+                (await collect(swarm, "a", request_id, timeout_s=2)).HasField("tensor")
+                for request_id in reversed(ids)
+            ]
+            assert answered == [True, True, True, True, False, False]
+
+    play(main())
+
+
+def test_a_pass_goes_where_the_vnode_lives_now(tmp_path: Path) -> None:
+    """The hint of a host is of before: whom it names says where the VNode is."""
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abc") as swarm:
+            await place(swarm, GRAPH, SPREAD)
+            now = SPREAD | {"out": "c"}
+            for name in "bc":
+                mine = [vnode for vnode in ORDER if now[vnode] == name]
+                where = [
+                    {"vnode": vnode, "host": swarm[host].peer_id, "epoch": 1}
+                    for vnode, host in now.items()
+                ]
+                await allocate(swarm, name, GRAPH, mine, locations=where)
+            x = samples(4)
+            await ask(swarm, SPREAD, x, b"id")
+            reply = await collect(swarm, "c", b"id")
+            np.testing.assert_allclose(decode(reply.tensor), plain_output(0, x), rtol=1e-5)
+
+    play(main())
