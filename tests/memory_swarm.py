@@ -9,9 +9,11 @@ dict) and the membership (everybody sees the same).
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 from google.protobuf.message import Message
 from memory_wire import LATENCY_S, Endpoint, Letter, MemoryDialer, Wire, contact_of, keypair_of
@@ -172,6 +174,7 @@ class MemorySwarm(Wire):
         self.providers: dict[bytes, list[str]] = {}
         self.dht_answers = True
         self.events: list[tuple[str, str, dict[str, Any]]] = []
+        self._no_power_cuts = mock.patch.object(os, "fsync")  # so that no disk is waited for
         self._seen_alive: dict[str, bool] = {}
         for name in nodes:
             self.add(name)
@@ -184,9 +187,11 @@ class MemorySwarm(Wire):
         return self._seen_alive[peer_id]
 
     async def __aenter__(self) -> MemorySwarm:
+        self._no_power_cuts.start()
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        self._no_power_cuts.stop()
         for node in list(self.nodes.values()):
             if not node.dead:
                 self._stop(node)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from p2pnet.v1 import common_pb2 as pb
 from p2pnet.vnode.messages import (
     ActivationArrived,
+    Arrival,
     Consumer,
     Decided,
     Effect,
@@ -120,6 +121,8 @@ class Shuffled:
 
     def _handle(self, vnode: str, event: Event) -> bool:
         core = self.cores[vnode]
+        if isinstance(event, Arrival) and not core.wants(event):
+            event = replace(event, payload=b"never decoded")
         effects = core.handle(event, 0.0)
         core.check()
         busy = False

@@ -241,7 +241,11 @@ def test_what_is_the_claimants_is_nobody_elses(tmp_path: Path, method: str, by: 
             vnode_pb2.SaveRequest(network_id=NETWORK, epoch=2, vnodes=["fc1"]),
             vnode_pb2.SaveReply,
         ),
-        "Load": ("VNode/Load", vnode_pb2.LoadRequest(network_id=NETWORK, epoch=2), vnode_pb2.LoadReply),
+        "Load": (
+            "VNode/Load",
+            vnode_pb2.LoadRequest(network_id=NETWORK, epoch=2),
+            vnode_pb2.LoadReply,
+        ),
         "Drop": (
             "PNode/Drop",
             pnode_pb2.DropRequest(network_id=NETWORK, epoch=9),
@@ -427,8 +431,8 @@ def test_a_tensor_that_cannot_be_is_refused_and_leaves_no_trace(tmp_path: Path, 
                 request = training_input(GRAPH, **changes)
             try:
                 reply = await swarm.ask("a", "VNode/Train", request, vnode_pb2.HopReply)
-            except RefusedError as error:  # bytes that no honest peer sends
-                assert str(error)
+            except RefusedError:
+                assert what in ("digest", "payload cut short", "no direction")
             else:
                 assert reply.refusal.code == code("BAD_REQUEST"), reply.refusal
                 assert reply.refusal.detail
