@@ -274,7 +274,7 @@ class Wire:
         if isinstance(error, Exception):
             raise self._refused(error)
         reply = task.result()
-        assert reply is not None
+        assert isinstance(reply, bytes)
         return reply
 
     def _refused(self, error: Exception) -> RefusedError:

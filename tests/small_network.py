@@ -115,7 +115,7 @@ def _plainly_trained(steps: int) -> tuple[dict[str, Array], tuple[float, ...]]:
         loss = nn.functional.cross_entropy(
             _forward(model, torch.from_numpy(x)), torch.from_numpy(y)
         )
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(float(loss.detach()))
     weights = {name: tensor.detach().numpy() for name, tensor in model.named_parameters()}

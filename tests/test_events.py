@@ -89,12 +89,15 @@ def test_who_is_far_behind_misses_events_and_holds_nobody_up(
         slow = bus.follow()
         first = asyncio.ensure_future(anext(slow))
         await settled()
+        quick = asyncio.ensure_future(followed(bus, 10))
+        await settled()
         for number in range(10):
             bus.emit("number", n=number)
             await settled()
         assert json.loads(await first) == {"event": "number", "n": 0}
         rest = [json.loads(await anext(slow))["n"] for _ in range(3)]
         assert rest == [1, 2, 3]
+        assert [line["n"] for line in await quick] == list(range(10))
         bus.emit("number", n=99)
         assert json.loads(await anext(slow))["n"] == 99
 

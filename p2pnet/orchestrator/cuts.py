@@ -37,6 +37,7 @@ class Cuts:
         self._network_id = network_id
         self._initial = dict(initial)
         self._sizes = {vnode: graph.node(vnode).state_bytes for vnode in graph.vnodes()}
+        self._holders: list[str] = []  # who was told last what to keep
         self._one_at_a_time = asyncio.Lock()
 
     @property
@@ -111,10 +112,14 @@ class Cuts:
         request = vnode_pb2.RetainRequest(
             network_id=self._network_id, digests=sorted({ref.digest for ref in keep})
         )
+        holders = sorted({holder for ref in keep for holder in ref.holders})
+        # Those of the cut before these, too: nothing of theirs is named any more.
+        told = sorted({*holders, *self._holders})
+        self._holders = holders
         calls: list[Awaitable[object]] = [
             self._swarm.call(
                 holder, "Blob/Retain", request, vnode_pb2.RetainReply, timeout_s=RETAIN_TIMEOUT_S
             )
-            for holder in sorted({holder for ref in keep for holder in ref.holders})
+            for holder in told
         ]
         await asyncio.gather(*calls, return_exceptions=True)  # a hint; quotas hold without it

@@ -9,7 +9,6 @@ it stands there, void.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 from google.protobuf.message import DecodeError
@@ -19,6 +18,7 @@ from p2pnet.dht.manifest import grants, network_id_of, open_manifest
 from p2pnet.errors import ForgedError, MalformedError
 from p2pnet.keys import KeyPair, sha256
 from p2pnet.v1 import common_pb2, log_pb2
+from p2pnet.vnode.network import check_network_id as check_network_id
 
 ENTRY_BYTES_MAX = 4 << 20
 KEEPERS_MAX = 9
@@ -27,17 +27,9 @@ HOLDERS_MAX = 16
 NUMBER_MAX = 2**53  # of epochs, steps and slots
 REASON_CHARS_MAX = 200
 
-_NETWORK_ID = re.compile(r"[0-9a-f]{32}")
-
 # (network id, manifest, peer id) -> may that peer orchestrate that network?
 # Raises MalformedError or ForgedError where the manifest does not hold.
 Grants = Callable[[str, common_pb2.Signed, str], bool]
-
-
-def check_network_id(network_id: str) -> None:
-    """Raises MalformedError for anything but 32 hexadecimal digits."""
-    if not _NETWORK_ID.fullmatch(network_id):
-        raise MalformedError(f"{network_id[:64]!r} is not a network id: it is 32 hex digits")
 
 
 def manifest_grants(network_id: str, signed: common_pb2.Signed, peer_id: str) -> bool:

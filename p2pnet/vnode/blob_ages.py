@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 # A blob that no commit names yet may be about to be named.
 UNNAMED_KEPT_S = 60.0
-# Long enough for a network that trains to name what is its own.
-UNKNOWN_KEPT_S = 24 * 3600.0
+# Long enough for a network that stands idle to be trained again, and so to name what is its
+# own; where room is short they go before that.
+UNKNOWN_KEPT_S = 30 * 24 * 3600.0
 
 
 @dataclass(slots=True)

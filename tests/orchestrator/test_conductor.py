@@ -549,7 +549,18 @@ def test_a_report_by_who_does_not_host_the_vnode_is_refused(tmp_path: Path) -> N
                         orchestrator_pb2.ReportReply,
                         by=swarm.nodes[host].name,
                     )
-            assert (await session.status(network)).steps_decided == 0
+                    trouble = held(network, vnode, epoch=epoch, step=1)
+                    trouble.trouble.reason = "it was long ago"
+                    await swarm.ask(
+                        "a",
+                        "Orchestrator/Report",
+                        trouble,
+                        orchestrator_pb2.ReportReply,
+                        by=swarm.nodes[host].name,
+                    )
+            await asyncio.sleep(5)
+            status = await session.status(network)
+            assert (status.steps_decided, status.epoch, status.state) == (0, 1, "training")
             await run.close()
 
     play(main())

@@ -117,7 +117,12 @@ def test_all_agree_or_nothing_is_agreed(tmp_path: Path) -> None:
 
 def signed_by(name: str, **changes: Any) -> Callable[[str], list[common_pb2.Signed]]:
     def make(host: str) -> list[common_pb2.Signed]:
-        fields = {"network_id": NETWORK, "vnode": "fc1", "host": host, "epoch": 1} | changes
+        fields: dict[str, Any] = {
+            "network_id": NETWORK,
+            "vnode": "fc1",
+            "host": host,
+            "epoch": 1,
+        } | changes
         payload = records_pb2.Allocation(**fields).SerializeToString()
         return [keypair_of(name).sign(ACCEPTANCE, payload)]
 

@@ -446,7 +446,7 @@ async def trained_alone(swarm: MemorySwarm, steps: int) -> str:
     for step in range(1, steps + 1):
         await feed(swarm, GRAPH, EVERYWHERE_A, batch(step), step=step)
         said = await saved(swarm, step)
-    weights = {}
+    weights: dict[str, Any] = {}
     for vnode, ref in said.states.items():
         weights |= weights_of(vnode, decode_state(swarm["a"].store.get(ref.digest.hex()))[0])
     return model_digest(weights)
