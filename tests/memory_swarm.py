@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from memory_wire import LATENCY_S, Endpoint, Letter, MemoryDialer, Wire, contact
 from virtual_time import InlineCompute
 
 from p2pnet import keys
+from p2pnet.client import session
 from p2pnet.clock import wall_ms
 from p2pnet.data.blobs import BlobStore
 from p2pnet.dht.keyspace import vnode_key
@@ -41,6 +43,7 @@ M = TypeVar("M", bound=Message)
 
 NOTICE_S = 2.0  # until the membership no longer counts a dead peer among the living
 MEMORY_BYTES = 1 << 30
+SEED = 1
 
 
 class Node(Endpoint):
@@ -174,7 +177,12 @@ class MemorySwarm(Wire):
         self.providers: dict[bytes, list[str]] = {}
         self.dht_answers = True
         self.events: list[tuple[str, str, dict[str, Any]]] = []
-        self._no_power_cuts = mock.patch.object(os, "fsync")  # so that no disk is waited for
+        self._patches: list[Any] = [
+            mock.patch.object(os, "fsync"),  # no disk is waited for
+            # A network's id, and so its keepers, are the same in every run.
+            mock.patch.object(os, "urandom", random.Random(SEED).randbytes),
+            mock.patch.object(session, "wall_ms", return_value=1),
+        ]
         self._seen_alive: dict[str, bool] = {}
         for name in nodes:
             self.add(name)
@@ -187,11 +195,13 @@ class MemorySwarm(Wire):
         return self._seen_alive[peer_id]
 
     async def __aenter__(self) -> MemorySwarm:
-        self._no_power_cuts.start()
+        for patch in self._patches:
+            patch.start()
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        self._no_power_cuts.stop()
+        for patch in self._patches:
+            patch.stop()
         for node in list(self.nodes.values()):
             if not node.dead:
                 self._stop(node)
