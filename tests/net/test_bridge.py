@@ -130,8 +130,8 @@ def test_cancelling_the_trio_caller_cancels_the_asyncio_task() -> None:
         started, cancelled = trio.Event(), threading.Event()
 
         async def hang() -> None:
-            await bridge.to_trio(set_started, timeout_s=LONG_S)
-            try:
+            try:  # the cancellation may come before the word from trio does
+                await bridge.to_trio(set_started, timeout_s=LONG_S)
                 await asyncio.Event().wait()
             finally:
                 cancelled.set()
