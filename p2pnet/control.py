@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,21 +112,11 @@ class Control:
 
     async def _networks(self, name: str) -> list[OpenRecord]:
         """By name, and by id."""
-        found: list[OpenRecord] = []
-        failed: list[RemoteError] = []
-
-        async def ask(key: bytes) -> None:
-            try:
-                found.extend(await self._get(key))
-            except RemoteError as error:
-                failed.append(error)
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(ask, name_key(name))
-            nursery.start_soon(ask, network_key(name))
-        if failed and not found:
+        found, failed = await self._get_all([name_key(name), network_key(name)])
+        records = [record for part in found.values() for record in part]
+        if failed and not records:
             raise failed[0]
-        return found
+        return records
 
     async def _where_is(self, request: pb.WhereIsRequest, caller: Caller) -> pb.WhereIsReply:
         rows: list[pb.WhereIsRow] = await self._on_trio(
@@ -135,23 +125,13 @@ class Control:
         return pb.WhereIsReply(rows=rows)
 
     async def _where(self, network_id: str, vnodes: Sequence[str]) -> list[pb.WhereIsRow]:
-        found: dict[str, list[OpenRecord]] = {}
-        failed: list[RemoteError] = []
-
-        async def ask(vnode: str) -> None:
-            try:
-                found[vnode] = await self._get(vnode_key(network_id, vnode))
-            except RemoteError as error:
-                failed.append(error)
-
-        async with trio.open_nursery() as nursery:
-            for vnode in vnodes:
-                nursery.start_soon(ask, vnode)
+        keys = {vnode: vnode_key(network_id, vnode) for vnode in vnodes}
+        found, failed = await self._get_all(keys.values())
         if failed and not found:
             raise failed[0]
         rows = []
         for vnode in vnodes:
-            for record in found.get(vnode, [])[:1]:  # the newest epoch's
+            for record in found.get(keys[vnode], [])[:1]:  # the newest epoch's
                 allocation = record.content
                 assert isinstance(allocation, records_pb2.Allocation)
                 rows.append(
@@ -162,10 +142,28 @@ class Control:
                         epoch=allocation.epoch,
                         role=allocation.role,
                         expires_in_s=max(0.0, record.expires_in_s),
-                        cid=cid_of(vnode_key(network_id, vnode)),
+                        cid=cid_of(keys[vnode]),
                     )
                 )
         return rows
+
+    async def _get_all(
+        self, keys: Iterable[bytes]
+    ) -> tuple[dict[bytes, list[OpenRecord]], list[RemoteError]]:
+        """What is under several keys, asked for at once, and why some could not be asked."""
+        found: dict[bytes, list[OpenRecord]] = {}
+        failed: list[RemoteError] = []
+
+        async def ask(key: bytes) -> None:
+            try:
+                found[key] = await self._get(key)
+            except RemoteError as error:
+                failed.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for key in keys:
+                nursery.start_soon(ask, key)
+        return found, failed
 
     async def _get(self, key: bytes) -> list[OpenRecord]:
         with trio.move_on_after(GET_TIMEOUT_S):  # before the client gives us up

@@ -34,9 +34,7 @@ def cli(context: click.Context, debug: bool) -> None:
     Debug.on = debug
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-        if debug
-        else "p2pnet: %(message)s",
+        format=_DEBUG_FORMAT if debug else "p2pnet: %(message)s",
         stream=sys.stderr,
     )
     if not debug:  # libraries' warnings are not for volunteers

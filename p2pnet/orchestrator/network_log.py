@@ -27,6 +27,7 @@ from p2pnet.orchestrator.proposer import (
     Request,
     Send,
 )
+from p2pnet.tasks import TaskSet
 from p2pnet.v1 import common_pb2, log_pb2
 from p2pnet.vnode.swarm import Swarm
 
@@ -158,13 +159,11 @@ class LogOnPeers(NetworkLog):
     def __init__(self, swarm: Swarm, network_id: str, manifest: common_pb2.Signed) -> None:
         super().__init__(swarm, network_id, manifest)
         self._rng = random.Random(swarm.keypair.peer_id + network_id)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet(f"the log of network {network_id}")
 
     async def close(self) -> None:
         """See `NetworkLog`."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
 
     def _next_keepers(self) -> tuple[str, ...]:
         """The living keepers stay; the dead are replaced by the members closest to the network.
@@ -200,18 +199,13 @@ class LogOnPeers(NetworkLog):
             winner: common_pb2.Signed | None = None
             for effect in proposer.handle(event, self._swarm.now()):
                 if isinstance(effect, Send):
-                    self._spawn(effect, events)
+                    self._tasks.spawn(self._send(effect, events))
                 elif isinstance(effect, Decided):
                     winner = effect.entry
                 elif isinstance(effect, Failed):
                     raise UnreachableError(effect.reason)
             if winner is not None:
                 return winner
-
-    def _spawn(self, send: Send, events: asyncio.Queue[Event]) -> None:
-        task = asyncio.ensure_future(self._send(send, events))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def _send(self, send: Send, events: asyncio.Queue[Event]) -> None:
         request: Request = send.requests[-1]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from p2pnet.clock import wall_ms
 from p2pnet.dht.keyspace import name_key, network_key, vnode_key
-from p2pnet.dht.records import make_record
+from p2pnet.dht.records import make_record, next_sequence
 from p2pnet.errors import P2PNetError
 from p2pnet.v1 import common_pb2, records_pb2
 from p2pnet.vnode.swarm import Swarm
@@ -91,7 +91,7 @@ class Publisher:
 
         def make() -> common_pb2.Signed:
             now_ms = wall_ms()
-            self._sequence = max(self._sequence + 1, now_ms)  # also newer than before a restart
+            self._sequence = next_sequence(self._sequence, now_ms)
             return make_record(
                 self._swarm.keypair,
                 key,
