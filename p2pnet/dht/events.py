@@ -90,12 +90,16 @@ class Unkeep:
 
 @dataclass(frozen=True, slots=True)
 class ReplyArrived:
-    """The answer to SendRequest. `holder`: the peer announces that it keeps records."""
+    """The answer to SendRequest. `holder`: the peer announces that it keeps records.
+
+    `addr`: the multiaddr at which the peer was seen to be, "" where that is unknown.
+    """
 
     rpc_id: int
     message: Message | None  # None: there is no reply to that request
     holder: bool
     wall_ms: int
+    addr: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +121,16 @@ class RequestArrived:
 
 @dataclass(frozen=True, slots=True)
 class PeerSeen:
-    """A peer is there, and announces that it serves the protocol, or that it does not."""
+    """A peer is there, and announces that it serves the protocol, or that it does not.
+
+    `addr`: the multiaddr at which it was seen to be, "" where that is unknown.
+    """
 
     peer_id: str
     addrs: tuple[str, ...]
     server: bool
     holder: bool
+    addr: str = ""
 
 
 @dataclass(frozen=True, slots=True)

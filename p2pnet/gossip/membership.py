@@ -41,7 +41,7 @@ from p2pnet.gossip.events import (
     SyncWith,
     Unanswered,
 )
-from p2pnet.gossip.groups import GroupOf, ip_group
+from p2pnet.net.groups import GroupOf, ip_group
 from p2pnet.gossip.messages import Kinds, Message, read_message, write_message
 from p2pnet.gossip.ourselves import Ourselves
 from p2pnet.gossip.packing import Packer

@@ -40,7 +40,7 @@ from p2pnet.gossip.events import (
     SyncWith,
     Unanswered,
 )
-from p2pnet.gossip.groups import GroupOf, ip_group
+from p2pnet.net.groups import GroupOf, ip_group
 from p2pnet.gossip.membership import Membership
 from p2pnet.gossip.statements import OpenAdvert, Versions
 from p2pnet.keys import KeyPair, short

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from p2pnet.gossip.events import GossipConfig, Member, MemberChanged, State
-from p2pnet.gossip.groups import GroupOf
+from p2pnet.net.groups import GroupOf
 from p2pnet.gossip.ring import Ring
 from p2pnet.gossip.statements import OpenAccusation, OpenAdvert
 

@@ -139,6 +139,12 @@ class MemoryNetwork:
         """The peers with a connection, sorted."""
         return self._fabric._linked(self._peer_id)
 
+    def seen_at(self, peer_id: str) -> str:
+        """Where a connected peer is: the first address that it listens on, "" if it has none."""
+        if not self._fabric._is_linked(self._peer_id, peer_id):
+            return ""
+        return (self._fabric._peers[peer_id].addrs() or ("",))[0]
+
     def offences(self, peer_id: str) -> int:
         """How often a peer's messages made a handler fail."""
         return self._offences[peer_id]

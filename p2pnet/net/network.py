@@ -93,6 +93,10 @@ class Network(Protocol):
         """The peers with a live connection, sorted."""
         ...
 
+    def seen_at(self, peer_id: str) -> str:
+        """The multiaddr at which a connected peer is seen to be; "" where that is unknown."""
+        ...
+
     def watch(self, callback: Callable[[ConnectionChange], None]) -> None:
         """Calls back on the trio thread at each change; the callback must not block."""
         ...

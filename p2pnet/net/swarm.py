@@ -107,6 +107,11 @@ class Swarm:
         """The peers with a live connection, sorted."""
         return self._connections.peers()
 
+    def seen_at(self, peer_id: str) -> str:
+        """The multiaddr at which a connected peer is seen to be; "" where that is unknown."""
+        connection = self._connections.best(peer_id)
+        return connection.addr if connection is not None else ""
+
     def offences(self, peer_id: str) -> int:
         """How often a peer did what no honest one does, of late."""
         return self._connections.offences(peer_id)

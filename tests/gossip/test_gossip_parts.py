@@ -6,7 +6,7 @@ import pytest
 from gossip_world import keypair
 
 from p2pnet.gossip.events import GossipConfig
-from p2pnet.gossip.groups import ip_group
+from p2pnet.net.groups import ip_group
 from p2pnet.gossip.health import LocalHealth, suspicion_s
 from p2pnet.gossip.probing import Watch
 from p2pnet.gossip.ring import Ring, position
