@@ -14,15 +14,20 @@ from functools import partial
 
 from p2pnet.core import Tick
 from p2pnet.dht import events as ev
+from p2pnet.dht.handover import Handover
 from p2pnet.dht.keyspace import peer_position
-from p2pnet.dht.local import Local
+from p2pnet.dht.local import REPLICAS, Local
+from p2pnet.dht.lookup import QUORUM
 from p2pnet.dht.placements import ProviderPlacement, RecordPlacement
+from p2pnet.dht.records import OpenRecord
 from p2pnet.dht.routing import Contact
 from p2pnet.dht.searches import Ask, NodeSearch, ProviderSearch, RecordSearch, Search
+from p2pnet.dht.snapshot import Held
 from p2pnet.dht.upkeep import REFRESH_BITS_MAX, REFRESH_S, Upkeep
 from p2pnet.dht.wire import Kind, Message
 from p2pnet.errors import MalformedError
 from p2pnet.keys import peer_id_bytes
+from p2pnet.net.groups import GroupOf, ip_group
 from p2pnet.net.network import PeerInfo
 
 _UPKEEP_TIMEOUT_S = 20.0
@@ -30,16 +35,22 @@ _FRESH_S = 60.0  # who was seen so lately is not asked whether it is there
 _GRACE_S = 1.0  # what the shell may be late with a failure
 _RUNNING_MAX = 64
 _QUEUED_MAX = 4096
+_CHECKS_MAX = 64
 
 _Then = Callable[[ev.Result, float], None]
 
 
 @dataclass(slots=True)
 class _Request:
-    """One under way. `operation` None: only the table wants to know."""
+    """One under way. `operation` None: only the table wants to know.
+
+    `check`: whether a good answer lets the peer into the table.
+    """
 
     peer: PeerInfo
+    kind: Kind
     operation: Search | None
+    check: bool
     sent_at: float
     overdue_at: float | None  # None: past
     given_up_at: float
@@ -50,15 +61,29 @@ class _Request:
 
 
 class Kademlia:
-    """The DHT of one peer. `server`: answers others and keeps records for them."""
+    """The DHT of one peer. `server`: answers others and keeps records for them.
 
-    def __init__(self, peer_id: str, rng: random.Random, *, server: bool = True) -> None:
-        self.local = Local(peer_id, server=server)
+    `group_of`: the IP group of a peer id and a multiaddr.
+    """
+
+    def __init__(
+        self,
+        peer_id: str,
+        rng: random.Random,
+        *,
+        server: bool = True,
+        group_of: GroupOf = ip_group,
+    ) -> None:
+        self.local = Local(peer_id, server=server, group_of=group_of)
         self._upkeep = Upkeep(rng)
+        self._handover = Handover(self.local)
         self._requests: dict[int, _Request] = {}
         self._last_rpc_id = 0
-        self._running: dict[Search, _Then] = {}
-        self._queued: dict[Search, _Then] = {}
+        # What becomes of a result: several may wait for one search.
+        self._running: dict[Search, list[_Then]] = {}
+        self._queued: dict[Search, list[_Then]] = {}
+        self._gets: dict[tuple[bytes, int], RecordSearch] = {}
+        self._checking: dict[str, None] = {}
         self._republishing = 0
         self._effects: list[ev.Effect] = []
 
@@ -73,12 +98,8 @@ class Kademlia:
                 self._failed(rpc_id, now)
             case ev.RequestArrived():
                 self._requested(event, now)
-            case ev.PeerSeen(peer_id, addrs, server, holder):
-                self.local.alive(peer_id)
-                if server:
-                    self._seen(Contact(peer_id, addrs, holder, now), now)
-                else:
-                    self.local.table.remove(peer_id)
+            case ev.PeerSeen():
+                self._peer_seen(event, now)
             case ev.PeerMoved(peer_id, addrs):
                 self.local.alive(peer_id)
                 self.local.table.moved(peer_id, addrs)
@@ -87,12 +108,14 @@ class Kademlia:
             case ev.Keep(record, op_id):
                 self._upkeep.keep(record, now)
                 search = RecordPlacement(self.local, [record], now, _UPKEEP_TIMEOUT_S)
-                self._start(search, partial(self._kept, record.key, op_id), now)
+                self._start(search, partial(self._kept, record, op_id), now)
             case ev.Unkeep(key):
                 self._upkeep.unkeep(key)
             case ev.Unprovide(key):
                 self._upkeep.unprovide(key)
                 self.local.providers.remove(key, self.local.peer_id)
+            case ev.Get():
+                self._get(event, now)
             case _:
                 self._start(self._search(event, now), partial(self._done, event.op_id), now)
         if self.local.store or self.local.providers:
@@ -105,9 +128,7 @@ class Kademlia:
         times = [request.next_at for request in self._requests.values()]
         times += [search.until for search in self._running]
         times += [search.until for search in self._queued]
-        upkeep = self._upkeep.deadline()
-        if upkeep is not None:
-            times.append(upkeep)
+        times += [at for at in (self._upkeep.deadline(), self._handover.next_at) if at is not None]
         return min(times, default=None)
 
     def check(self) -> None:
@@ -116,7 +137,8 @@ class Kademlia:
         self.local.store.check()
         self.local.providers.check()
         assert not self._effects
-        assert all(search.result is None for search in self._running)
+        assert not any(search.over for search in self._running)
+        assert all(waiting == [] or s.result is None for s, waiting in self._running.items())
         assert len(self._running) <= _RUNNING_MAX
         assert len(self._queued) <= _QUEUED_MAX
         for request in self._requests.values():
@@ -124,13 +146,23 @@ class Kademlia:
             assert request.sent_at <= request.next_at <= request.given_up_at
         asked = [id(request.operation) for request in self._requests.values()]
         assert all(id(search) in asked for search in self._running), "one that waits for nothing"
+        checked = [r.peer.peer_id for r in self._requests.values() if r.check]
+        assert sorted(checked) == sorted(self._checking)
+        self._handover.check()
 
     def wants(self, peer_id: str) -> bool:
-        """Whether the table would take that peer, if it is a server."""
+        """Whether the table would take that peer, if it is a server that answers."""
         table = self.local.table
         return (
-            peer_id != self.local.peer_id and table.get(peer_id) is None and table.has_room(peer_id)
+            peer_id != self.local.peer_id
+            and peer_id not in self._checking
+            and table.get(peer_id) is None
+            and table.has_room(peer_id)
         )
+
+    def checking(self, peer_id: str) -> bool:
+        """Whether it is being found out if that peer answers lookups."""
+        return peer_id in self._checking
 
     def stats(self) -> dict[str, int | float | None]:
         """Counts, for people."""
@@ -156,8 +188,8 @@ class Kademlia:
         match event:
             case ev.FindNode(_, peer_id, timeout_s):
                 return NodeSearch.of_peer(local, peer_id, now, timeout_s)
-            case ev.Get(_, key, timeout_s):
-                return RecordSearch(local, key, now, timeout_s)
+            case ev.Get(_, key, timeout_s, quorum):
+                return RecordSearch(local, key, now, timeout_s, quorum=quorum)
             case ev.FindProviders(_, key, timeout_s):
                 return ProviderSearch(local, key, now, timeout_s)
             case ev.Put(_, record, timeout_s):
@@ -166,35 +198,78 @@ class Kademlia:
                 self._upkeep.provide(key, now)
                 return ProviderPlacement(local, key, now, timeout_s)
 
+    def _get(self, event: ev.Get, now: float) -> None:
+        """Reads of one key at once share one lookup."""
+        then = partial(self._done, event.op_id)
+        search = self._gets.get((event.key, event.quorum))
+        for waiting in (self._running, self._queued):
+            if search in waiting and search.result is None:
+                waiting[search].append(then)
+                search.until = max(search.until, now + event.timeout_s)
+                return
+        search = RecordSearch(self.local, event.key, now, event.timeout_s, quorum=event.quorum)
+        self._gets[event.key, event.quorum] = search
+        self._start(search, then, now)
+
     def _start(self, search: Search, then: _Then, now: float) -> None:
         """Begins an operation as soon as few enough are under way."""
         if len(self._running) < _RUNNING_MAX:
-            self._running[search] = then
-            self._go_on(search, search.begin(now), now)
-            self.local.table.touch(search.lookup.target, now)
+            self._begin(search, [then], now)
         elif len(self._queued) < _QUEUED_MAX:
-            self._queued[search] = then
+            self._queued[search] = [then]
         else:
             then(ev.Failed("too many lookups at once"), now)
+
+    def _begin(self, search: Search, thens: list[_Then], now: float) -> None:
+        self._running[search] = thens
+        self._go_on(search, search.begin(now), now)
+        self.local.table.touch(search.lookup.target, now)
 
     def _go_on(self, search: Search, asks: list[Ask], now: float) -> None:
         for ask in asks:
             self._ask(ask.peer, ask.message, search if ask.tracked else None, now)
-        if search.result is None:
+        if search.result is not None:
+            thens, self._running[search] = self._running[search], []
+            if isinstance(search, RecordSearch):
+                self._forget_get(search)
+            for then in thens:
+                then(search.result, now)
+        if not search.over:
             return
-        self._running.pop(search)(search.result, now)
+        del self._running[search]
         if self._queued and len(self._running) < _RUNNING_MAX:
             queued = next(iter(self._queued))
-            self._start(queued, self._queued.pop(queued), now)
+            self._begin(queued, self._queued.pop(queued), now)
+
+    def _forget_get(self, search: RecordSearch) -> None:
+        if self._gets.get((search.key, search.quorum)) is search:
+            del self._gets[search.key, search.quorum]
 
     def _done(self, op_id: int, result: ev.Result, now: float) -> None:
         self._effects.append(ev.OperationDone(op_id, result))
 
-    def _kept(self, key: bytes, op_id: int, result: ev.Result, now: float) -> None:
+    def _kept(self, record: OpenRecord, op_id: int, result: ev.Result, now: float) -> None:
         if isinstance(result, ev.Failed):
-            self._upkeep.keep_failed(key, now)
+            self._upkeep.keep_failed(record.key, now)
+        else:
+            self._upkeep.placed(record.key, now)
         if op_id:
             self._done(op_id, result, now)
+
+    def _read_back(self, record: OpenRecord, now: float) -> None:
+        """Whether those that took a record of ours give it out, too."""
+        search = RecordSearch(self.local, record.key, now, _UPKEEP_TIMEOUT_S, quorum=REPLICAS)
+
+        def read(result: ev.Result, now: float) -> None:
+            if not isinstance(result, ev.Records) or result.answers == 0:
+                return  # nobody to read from, as when we are alone
+            if search.holders_of(record) >= min(QUORUM, result.answers):
+                self._upkeep.read_back(record.key)
+            elif self._upkeep.misplaced(record.key, now):
+                again = RecordPlacement(self.local, [record], now, _UPKEEP_TIMEOUT_S)
+                self._start(again, partial(self._kept, record, 0), now)
+
+        self._start(search, read, now)
 
     def _republished(self, result: ev.Result, now: float) -> None:
         self._republishing -= 1
@@ -210,62 +285,112 @@ class Kademlia:
 
     # Requests of ours
 
-    def _ask(self, peer: PeerInfo, message: Message, search: Search | None, now: float) -> None:
+    def _ask(
+        self,
+        peer: PeerInfo,
+        message: Message,
+        search: Search | None,
+        now: float,
+        *,
+        check: bool = False,
+    ) -> None:
         self._last_rpc_id += 1
         trips = self.local.round_trips
         timeout_s = trips.timeout_s(peer.peer_id)
         self._requests[self._last_rpc_id] = _Request(
             peer=peer,
+            kind=message.kind,
             operation=search,
+            check=check,
             sent_at=now,
             overdue_at=now + trips.patience_s(peer.peer_id),
             given_up_at=now + timeout_s + _GRACE_S,
         )
+        if check:
+            self._checking[peer.peer_id] = None
         self._effects.append(ev.SendRequest(self._last_rpc_id, peer, message, timeout_s))
+
+    def _over(self, rpc_id: int) -> None:
+        """A request is under way no more."""
+        request = self._requests.pop(rpc_id)
+        if request.overdue_at is None:
+            self.local.stalled(request.peer.peer_id, -1)
+        if request.check:
+            del self._checking[request.peer.peer_id]
 
     def _replied(self, event: ev.ReplyArrived, now: float) -> None:
         request = self._requests.get(event.rpc_id)
         if request is None:
             return  # given up already
         peer_id, search = request.peer.peer_id, request.operation
-        if search is not None and search.result is None:
-            try:
-                asks = search.answered(peer_id, event.message, event.holder, now, event.wall_ms)
-            except MalformedError:
-                self._failed(event.rpc_id, now)
-                return
-        else:
-            asks = []
-        del self._requests[event.rpc_id]
+        asks: list[Ask] = []
+        try:
+            if search is not None and not search.over:
+                asks = search.answered(peer_id, event, now)
+            elif event.message is not None and event.message.kind is not request.kind:
+                raise MalformedError("a DHT reply of another kind than its request")
+        except MalformedError:
+            self._failed(event.rpc_id, now)
+            return
+        self._over(event.rpc_id)
         self.local.round_trips.sample(peer_id, now - request.sent_at)
         self.local.alive(peer_id)
-        known = self.local.table.get(peer_id)
-        addrs = known.addrs if known and known.addrs else request.peer.addrs
-        self._seen(Contact(peer_id, addrs, event.holder, now), now)
+        # ADD_PROVIDER has no answer, so that it shows nothing.
+        if event.message is not None:
+            known = self.local.table.get(peer_id)
+            addrs = known.addrs if known and known.addrs else request.peer.addrs
+            self._seen(self._contact(peer_id, addrs, event.holder, event.addr, now), now)
         if search is not None and search in self._running:
             self._go_on(search, asks, now)
 
     def _failed(self, rpc_id: int, now: float) -> None:
-        request = self._requests.pop(rpc_id, None)
+        request = self._requests.get(rpc_id)
         if request is None:
             return
+        self._over(rpc_id)
         self.local.silent(request.peer, now)
         self._effects.append(ev.Forget(request.peer.peer_id))
         search = request.operation
-        if search is not None and search.result is None:
+        if search is not None and not search.over:
             self._go_on(search, search.failed(request.peer.peer_id, now), now)
 
+    # Who comes into the table
+
+    def _peer_seen(self, event: ev.PeerSeen, now: float) -> None:
+        """Somebody says that it serves: it comes in when it has answered a lookup."""
+        peer_id = event.peer_id
+        self.local.alive(peer_id)
+        if not event.server:
+            self.local.table.remove(peer_id)
+        elif self.local.table.get(peer_id) is not None:
+            contact = self._contact(peer_id, event.addrs, event.holder, event.addr, now)
+            self._seen(contact, now)
+        elif self.wants(peer_id) and len(self._checking) < _CHECKS_MAX:
+            self._look(PeerInfo(peer_id, event.addrs), now, check=True)
+
+    def _look(self, peer: PeerInfo, now: float, *, check: bool) -> None:
+        # kad-dht has retired PING; that it answers a lookup is what we want to know.
+        message = Message(Kind.FIND_NODE, peer_id_bytes(self.local.peer_id))
+        self._ask(peer, message, None, now, check=check)
+
+    def _contact(
+        self, peer_id: str, addrs: tuple[str, ...], holder: bool, addr: str, now: float
+    ) -> Contact:
+        where = addr or (addrs or ("",))[0]
+        return Contact(peer_id, addrs, holder, now, self.local.group_of(peer_id, where))
+
     def _seen(self, contact: Contact, now: float) -> None:
-        first = not len(self.local.table)
-        longest_silent = self.local.table.seen(contact)
-        if first and len(self.local.table):
+        table = self.local.table
+        first, known = not len(table), table.get(contact.peer_id)
+        longest_silent = table.seen(contact)
+        if first and len(table):
             self._upkeep.joined(now)
+        if known is None and contact.holder and table.get(contact.peer_id) is not None:
+            self._handover.newcomer(contact, now)
         if longest_silent is not None and longest_silent.seen_at < now - _FRESH_S:
             asked = (r.peer.peer_id for r in self._requests.values() if r.operation is None)
             if longest_silent.peer_id not in asked:
-                # kad-dht has retired PING; any request will do.
-                message = Message(Kind.FIND_NODE, peer_id_bytes(self.local.peer_id))
-                self._ask(longest_silent.info, message, None, now)
+                self._look(longest_silent.info, now, check=False)
 
     # Requests of others
 
@@ -276,15 +401,35 @@ class Kademlia:
             if peer.peer_id == peer_id:
                 self.local.table.moved(peer_id, peer.addrs)
         try:
-            reply = self.local.answer(peer_id, message, now, event.wall_ms)
+            reply = self.local.answer(peer_id, message, now, event.wall_ms, event.addr)
         except MalformedError as error:
             self._effects.append(ev.Refuse(event.request_id, str(error)))
             return
         self._effects.append(ev.SendReply(event.request_id, reply))
-        if message.kind is Kind.PUT_VALUE:
+        if message.kind is Kind.PUT_VALUE and reply is not None and reply.value is not None:
             held = self.local.store.get(message.key, now)
             if held:
                 self._upkeep.held(message.key, min(record.ttl_s for record in held), now)
+
+    # What outlives a restart
+
+    def held(self, now: float) -> Held:
+        """What is kept for others, to be written to disk."""
+        local = self.local
+        return Held(local.store.held(now), local.store.marks(now), local.providers.held(now))
+
+    def restore(self, held: Held, now: float) -> None:
+        """Takes back what a run before this one kept; it will be passed on to others soon."""
+        local = self.local
+        for mark in held.marks:
+            local.store.remember(mark, now)
+        for record, source in held.records:
+            if local.store.put(record, now, source):
+                self._upkeep.held(record.key, record.expires_in_s, now)
+        for hint in held.hints:
+            local.providers.add(hint.key, hint.provider, now, hint.source, age_s=hint.age_s)
+        if local.store or local.providers:
+            self._upkeep.holding(now)
 
     # Time
 
@@ -294,13 +439,16 @@ class Kademlia:
                 self._failed(rpc_id, now)
             elif request.overdue_at is not None and request.overdue_at <= now:
                 request.overdue_at = None
+                self.local.stalled(request.peer.peer_id, +1)
                 search = request.operation
-                if search is not None and search.result is None:
+                if search is not None and not search.over:
                     self._go_on(search, search.overdue(request.peer.peer_id, now), now)
         for search in [search for search in self._queued if search.until <= now]:
-            self._queued.pop(search)(ev.Failed("not begun in time: too many lookups"), now)
+            failed = ev.Failed("not begun in time: too many lookups")
+            for then in self._queued.pop(search):
+                then(failed, now)
         for search in list(self._running):
-            if search.until <= now and search.result is None:
+            if search.until <= now and not search.over:
                 self._go_on(search, search.expired(now), now)
         self._do_upkeep(now)
 
@@ -321,6 +469,10 @@ class Kademlia:
                 upkeep.held(key, min(record.ttl_s for record in records), now)
                 republish = RecordPlacement(local, records, now, _UPKEEP_TIMEOUT_S)
                 self._start(republish, self._republished, now)
+        for record in upkeep.read_backs_due(now):
+            self._read_back(record, now)
+        for peer, message in self._handover.due(now):
+            self._ask(peer, message, None, now)
         if upkeep.refresh_due(now, len(local.table)):
             search = NodeSearch(local, peer_id_bytes(local.peer_id), now, _UPKEEP_TIMEOUT_S)
             self._start(search, self._refreshed, now)

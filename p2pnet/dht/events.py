@@ -23,11 +23,16 @@ class FindNode:
 
 @dataclass(frozen=True, slots=True)
 class Get:
-    """The records under a key. Result: Records."""
+    """The records under a key. Result: Records.
+
+    `quorum`: of how many of the nearest holders the answers are merged before the
+    result is given, if something was found.
+    """
 
     op_id: int
     key: bytes
     timeout_s: float
+    quorum: int = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +116,16 @@ class RequestFailed:
 
 @dataclass(frozen=True, slots=True)
 class RequestArrived:
-    """A peer asks; a SendReply with this id comes of it at once."""
+    """A peer asks; a SendReply with this id comes of it at once.
+
+    `addr`: the multiaddr at which the peer was seen to be, "" where that is unknown.
+    """
 
     request_id: int
     peer_id: str
     message: Message
     wall_ms: int
+    addr: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,10 +216,15 @@ class Renew:
 
 @dataclass(frozen=True, slots=True)
 class Nodes:
-    """The nearest peers that answered; `target` is where the peer sought is, if known."""
+    """The nearest peers that answered; `target` is where the peer sought is, if known.
+
+    `hops`: how far from our own table the nearest was heard of; `requests`: sent for it.
+    """
 
     closest: tuple[PeerInfo, ...]
     target: PeerInfo | None
+    hops: int
+    requests: int
 
 
 @dataclass(frozen=True, slots=True)

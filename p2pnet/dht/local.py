@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
-from p2pnet.dht.keyspace import peer_position, position
+from p2pnet.dht.keyspace import POSITION_BITS, peer_position, position
+from p2pnet.dht.rates import PUT_BYTES_A_TOKEN, SenderRates
 from p2pnet.dht.records import OpenRecord, open_set, serialise_set
 from p2pnet.dht.routing import K, RoutingTable
 from p2pnet.dht.rtt import RoundTrips
 from p2pnet.dht.store import ProviderStore, RecordStore
 from p2pnet.dht.wire import ADDRS_MAX, PEERS_MAX, Kind, Message
 from p2pnet.errors import MalformedError
+from p2pnet.net.groups import GroupOf, ip_group
 from p2pnet.net.network import PeerInfo
 
 REPLICAS = 8  # on how many peers a record is kept
@@ -21,15 +24,18 @@ _SILENT_MAX = 1024
 class Local:
     """The state that every operation reads: table, stores, round trips, who was silent."""
 
-    def __init__(self, peer_id: str, *, server: bool) -> None:
+    def __init__(self, peer_id: str, *, server: bool, group_of: GroupOf = ip_group) -> None:
         self.peer_id = peer_id
         self.server = server
+        self.group_of = group_of
         self.table = RoutingTable(peer_id)
         self.store = RecordStore(peer_position(peer_id))
         self.providers = ProviderStore()
+        self.rates = SenderRates()
         self.round_trips = RoundTrips()
         self.records_refused = 0
         self._silent: dict[str, tuple[float, tuple[str, ...]]] = {}
+        self._stalled: Counter[str] = Counter()
 
     def seeds(self, key: bytes) -> list[PeerInfo]:
         """Whom a lookup of `key` begins with."""
@@ -60,6 +66,22 @@ class Local:
             del self._silent[next(iter(self._silent))]
         self._silent[peer.peer_id] = (now + _SILENT_S, peer.addrs)
 
+    def stalled(self, peer_id: str, requests: int) -> None:
+        """So many more (or fewer) requests to a peer are overdue, and not given up."""
+        self._stalled[peer_id] += requests
+        if self._stalled[peer_id] <= 0:
+            del self._stalled[peer_id]
+
+    def is_stalled(self, peer_id: str) -> bool:
+        """Whether a peer has left a request unanswered for long: to be asked last."""
+        return peer_id in self._stalled
+
+    def neighbourhood(self) -> int:
+        """How far from a key about K peers are, by how far our own K nearest are from us."""
+        own = peer_position(self.peer_id)
+        nearest = self.table.closest(own, K)
+        return nearest[-1].position ^ own if len(nearest) == K else (1 << POSITION_BITS) - 1
+
     def alive(self, peer_id: str) -> None:
         """A peer gave a sign of life."""
         self._silent.pop(peer_id, None)
@@ -76,8 +98,12 @@ class Local:
         self.records_refused += refused
         return records
 
-    def answer(self, peer_id: str, message: Message, now: float, wall_ms: int) -> Message | None:
+    def answer(
+        self, peer_id: str, message: Message, now: float, wall_ms: int, addr: str = ""
+    ) -> Message | None:
         """The reply to a peer's request, None where the protocol has none.
+
+        `addr` is where the peer was seen to be: what it leaves here is charged to its group.
 
         Raises:
             MalformedError: a request that no honest peer makes, or we are no server.
@@ -89,15 +115,22 @@ class Local:
             return Message(kind)
         if not key:
             raise MalformedError("a DHT request without a key")
+        source = self.group_of(peer_id, addr)
         if kind is Kind.PUT_VALUE:
+            cost = 1 + len(message.value or b"") // PUT_BYTES_A_TOKEN
+            if not self.rates.take(peer_id, cost, now):
+                return Message(kind, key, None, self._closer(peer_id, key))
             records = self.open(key, message.value, wall_ms)
-            taken = [record for record in records if self.store.put(record, now)]
-            # What is echoed was taken; the reply's record says so to the putter.
-            return Message(kind, key, value=serialise_set(taken) if taken else None)
+            taken = [record.rank for record in records if self.store.put(record, now, source)]
+            # What is echoed was taken, and is read from where it is kept.
+            kept = [record for record in self.store.get(key, now) if record.rank in taken]
+            echo = serialise_set(kept) if kept else None
+            return Message(kind, key, echo, self._closer(peer_id, key))
         if kind is Kind.ADD_PROVIDER:
             for provider in message.providers:
-                if provider.peer_id == peer_id:  # nobody speaks for another
-                    self.providers.add(key, provider, now)
+                # Nobody speaks for another.
+                if provider.peer_id == peer_id and self.rates.take(peer_id, 1, now):
+                    self.providers.add(key, provider, now, source)
             return None
         value: bytes | None = None
         providers: tuple[PeerInfo, ...] = ()
@@ -106,9 +139,10 @@ class Local:
             value = serialise_set(held) if held else None
         elif kind is Kind.GET_PROVIDERS:
             providers = tuple(self.providers.get(key, now)[:PEERS_MAX])
-        closer = tuple(
-            contact.info
-            for contact in self.table.closest(position(key), PEERS_MAX + 1)
-            if contact.peer_id != peer_id and contact.addrs
-        )
-        return Message(kind, key, value, closer[:PEERS_MAX], providers)
+        return Message(kind, key, value, self._closer(peer_id, key), providers)
+
+    def _closer(self, peer_id: str, key: bytes) -> tuple[PeerInfo, ...]:
+        """Whom we know nearest to a key, for a peer that asks."""
+        closest = self.table.closest(position(key), PEERS_MAX + 1)
+        named = [c.info for c in closest if c.peer_id != peer_id and c.addrs]
+        return tuple(named[:PEERS_MAX])

@@ -1,27 +1,42 @@
-"""One iterative lookup: who are the peers nearest to a key. Pure.
+"""An iterative lookup that liars do not lead astray: whom to ask next, when it is over. Pure.
 
-Maymounkov and Mazieres 2002, section 2.3, with alpha requests at a time. A
-lookup ends when the `width` nearest peers have answered. A peer whose answer is
-overdue no longer counts as one of the alpha and is passed over, so that silent
-peers cost one patience (`rtt.py`) and not a timeout.
+Maymounkov and Mazieres 2002, section 2.3: ask the nearest known, learn of nearer
+ones, until those nearest to the key have answered. On top of that:
+
+- *Disjoint paths* (Baumgart and Mies, "S/Kademlia", ICPADS 2007): what a peer
+  names is followed on the path on which that peer was asked, and nobody is asked
+  on two. A liar captures its own path; the others go round it.
+- *Credit*: a liar can also name peers that do not exist. Who named more than a
+  few that fail, and more that fail than answer, is believed no more.
+- *IP groups*: of the nearest, only a few of one group count, so that a flood of
+  identities from a few addresses does not fill the place.
+- *Hedging*: a peer whose answer is overdue (`rtt.py`) no longer counts as one of
+  the alpha, and another is asked beside it: silent peers cost one patience, and
+  not a timeout.
 """
 
 from __future__ import annotations
 
 import bisect
 import enum
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from p2pnet.dht.keyspace import peer_position, position
 from p2pnet.dht.wire import ADDRS_MAX
+from p2pnet.net.groups import GroupOf
 from p2pnet.net.network import PeerInfo
 
 ALPHA = 5
-REQUESTS_MAX = 96
+PATHS = 8
+REQUESTS_MAX = 128
 # With fewer answers than this and nobody left to ask, overdue ones are waited for.
 QUORUM = 3
+GROUP_NEAREST_MAX = 2  # of one IP group among those nearest to a key
 _TRIES_MAX = 2
+_CREDIT = 6  # failures of whom it named that a peer may have, whoever answers
+_REFERRERS_MAX = 8  # remembered of one candidate
 
 
 class _State(enum.Enum):
@@ -35,17 +50,34 @@ class _State(enum.Enum):
 @dataclass(slots=True)
 class _Candidate:
     peer_id: str
+    distance: int
     addrs: tuple[str, ...]
+    group: str
+    path: int
+    hops: int  # 0: from our own table
     state: _State = _State.HEARD
     holder: bool = False
     tries: int = 0
+    referrers: list[_Candidate] = field(default_factory=list)  # who named it
+    named_failed: int = 0
+    named_answered: int = 0
+
+
+@dataclass(slots=True)
+class _Path:
+    """The candidates heard of on a path, nearest first, also those asked on another."""
+
+    order: list[tuple[int, str]] = field(default_factory=list)
+    flying: int = 0
 
 
 class Lookup:
     """Converges on `key` from the peers it is told of.
 
-    `holders` > 0 also ends it when that many of the nearest that keep records
-    have answered: reading and writing records needs no more.
+    It ends when the `width` nearest have answered, and if `holders` > 0 also when
+    that many of the nearest that keep records have, each of another IP group:
+    reading and writing records needs no more. `shy`: who is asked only where
+    nobody else is left.
     """
 
     def __init__(
@@ -54,104 +86,142 @@ class Lookup:
         key: bytes,
         *,
         width: int,
+        group_of: GroupOf,
         holders: int = 0,
-        alpha: int = ALPHA,
-        requests_max: int = REQUESTS_MAX,
+        shy: Callable[[str], bool] = lambda peer_id: False,
     ) -> None:
         self.key = key
         self.target = position(key)
         self._own_peer_id = own_peer_id
         self._width = width
         self._holders = holders
-        self._alpha = alpha
-        self._requests_left = requests_max
+        self._group_of = group_of
+        self._shy = shy
+        self._requests_left = REQUESTS_MAX
         self._candidates: dict[str, _Candidate] = {}
-        self._by_distance: list[tuple[int, str]] = []
+        self._order: list[tuple[int, str]] = []
+        self._paths = [_Path() for _ in range(PATHS)]
+        self._turn = 0
 
-    def heard(self, peers: Sequence[PeerInfo]) -> None:
-        """Peers that the table or an answer names: hints.
+    # What it is told
 
-        One that failed is tried once more where somebody knows other addresses of it,
-        or else whoever answers first could hide a peer behind wrong ones.
-        """
-        for peer in peers:
-            if peer.peer_id == self._own_peer_id:
-                continue
-            candidate = self._candidates.get(peer.peer_id)
-            if candidate is None:
-                self._candidates[peer.peer_id] = _Candidate(peer.peer_id, peer.addrs)
-                distance = peer_position(peer.peer_id) ^ self.target
-                bisect.insort(self._by_distance, (distance, peer.peer_id))
-                continue
-            new = tuple(addr for addr in peer.addrs if addr not in candidate.addrs)
-            if not new or len(candidate.addrs) >= ADDRS_MAX:
-                continue
-            if candidate.state is _State.FAILED and candidate.tries < _TRIES_MAX:
-                candidate.state = _State.HEARD
-                candidate.addrs = (new + candidate.addrs)[:ADDRS_MAX]
-            else:
-                candidate.addrs = (candidate.addrs + new)[:ADDRS_MAX]
+    def begin(self, peers: Sequence[PeerInfo]) -> None:
+        """What our table knows, nearest first: each path starts from other peers."""
+        for index, peer in enumerate(peers):
+            self._hear(peer, None, index % PATHS)
+
+    def heard(self, by: str, peers: Sequence[PeerInfo]) -> None:
+        """What a peer that answered names: hints."""
+        referrer = self._candidates[by]
+        idle = [n for n, path in enumerate(self._paths) if not path.order]
+        # With few seeds there are fewer paths, until there is something to share out.
+        paths = [referrer.path, *idle]
+        for index, peer in enumerate(peers):
+            self._hear(peer, referrer, paths[index % len(paths)])
+
+    def answered(self, peer_id: str, *, holder: bool, addr: str = "") -> None:
+        """A peer that `next` named has answered, late or not; `addr`: where it was seen."""
+        candidate = self._candidates[peer_id]
+        self._landed(candidate)
+        if candidate.state is not _State.ANSWERED:
+            for referrer in candidate.referrers:
+                referrer.named_failed -= candidate.state in (_State.OVERDUE, _State.FAILED)
+                referrer.named_answered += 1
+        candidate.state = _State.ANSWERED
+        candidate.holder = holder
+        if addr:
+            candidate.group = self._group_of(peer_id, addr)
+
+    def failed(self, peer_id: str) -> None:
+        """A peer that `next` named will not answer."""
+        candidate = self._candidates[peer_id]
+        self._landed(candidate)
+        if candidate.state is not _State.OVERDUE:
+            self._blame(candidate)
+        candidate.state = _State.FAILED
+
+    def overdue(self, peer_id: str) -> None:
+        """A peer that `next` named takes longer than it should."""
+        candidate = self._candidates[peer_id]
+        if candidate.state is _State.ASKED:
+            self._landed(candidate)
+            self._blame(candidate)
+            candidate.state = _State.OVERDUE
+
+    # What it says
 
     def next(self) -> list[PeerInfo]:
         """Whom to ask now."""
         ask: list[PeerInfo] = []
-        flying = sum(c.state is _State.ASKED for c in self._candidates.values())
-        nearer = holders = 0  # that answered or may yet
-        for _, peer_id in self._by_distance:
-            if flying >= self._alpha or self._requests_left <= 0 or self._enough(nearer, holders):
+        flying = self.flying
+        while flying < ALPHA and self._requests_left > 0:
+            candidate = self._pick(shy=False)
+            if candidate is None and flying == 0:
+                candidate = self._pick(shy=True)
+            if candidate is None:
                 break
-            candidate = self._candidates[peer_id]
-            if candidate.state is _State.HEARD:
-                candidate.state = _State.ASKED
-                candidate.tries += 1
-                self._requests_left -= 1
-                flying += 1
-                ask.append(PeerInfo(peer_id, candidate.addrs))
-            if candidate.state in (_State.ANSWERED, _State.ASKED):
-                nearer += 1
-                holders += candidate.holder
+            candidate.state = _State.ASKED
+            candidate.tries += 1
+            self._paths[candidate.path].flying += 1
+            self._requests_left -= 1
+            flying += 1
+            ask.append(PeerInfo(candidate.peer_id, candidate.addrs))
         return ask
-
-    def answered(self, peer_id: str, *, holder: bool) -> None:
-        """A peer that `next` named has answered, late or not."""
-        candidate = self._candidates[peer_id]
-        candidate.state = _State.ANSWERED
-        candidate.holder = holder
-
-    def failed(self, peer_id: str) -> None:
-        """A peer that `next` named will not answer."""
-        self._candidates[peer_id].state = _State.FAILED
-
-    def overdue(self, peer_id: str) -> None:
-        """A peer that `next` named takes longer than it should."""
-        if self._candidates[peer_id].state is _State.ASKED:
-            self._candidates[peer_id].state = _State.OVERDUE
 
     @property
     def done(self) -> bool:
         """Whether nothing that could still come would better the result by much."""
-        answered = holders = overdue = 0
-        for _, peer_id in self._by_distance:
-            candidate = self._candidates[peer_id]
-            if candidate.state is _State.ANSWERED:
-                answered += 1
-                holders += candidate.holder
-                if self._enough(answered, holders):
-                    return True
-            elif candidate.state is _State.OVERDUE:
-                overdue += 1
-            elif candidate.state is _State.ASKED or self._may_ask(candidate):
-                return False
-        return overdue == 0 or answered >= QUORUM
+        if self.flying and not self._have_holders():
+            # Who is under way may know nearer ones, unless all that we want is there.
+            return False
+        if self._pick(shy=False) is not None and self._requests_left > 0:
+            return False
+        answered = waiting = 0
+        for candidate in self._nearest():
+            answered += candidate.state is _State.ANSWERED
+            waiting += candidate.state in (_State.OVERDUE, _State.HEARD)
+            if answered >= self._width:
+                break
+        return waiting == 0 or answered >= QUORUM
 
-    def nearest(self, *, holders_only: bool = False) -> list[PeerInfo]:
-        """Who has answered, nearest first."""
-        return [
-            PeerInfo(peer_id, self._candidates[peer_id].addrs)
-            for _, peer_id in self._by_distance
-            if self._candidates[peer_id].state is _State.ANSWERED
-            and (self._candidates[peer_id].holder or not holders_only)
-        ]
+    def nearest(self) -> list[PeerInfo]:
+        """Who has answered, nearest first, a few of each IP group."""
+        answered = [c for c in self._nearest() if c.state is _State.ANSWERED]
+        return [PeerInfo(candidate.peer_id, candidate.addrs) for candidate in answered]
+
+    def holders(self) -> list[PeerInfo]:
+        """Who has answered and keeps records, nearest first: one of each IP group, and then
+        the others."""
+        groups: dict[str, None] = {}
+        first: list[PeerInfo] = []
+        others: list[PeerInfo] = []
+        for candidate in self._nearest():
+            if candidate.state is _State.ANSWERED and candidate.holder:
+                peer = PeerInfo(candidate.peer_id, candidate.addrs)
+                (others if candidate.group in groups else first).append(peer)
+                groups[candidate.group] = None
+        return first + others
+
+    def quorum(self, answers: int, among: int) -> bool:
+        """Whether `answers` holders have answered of the `among` nearest, as far as we know.
+
+        They are counted by IP group; those that are silent are passed over.
+        """
+        groups: dict[str, None] = {}
+        heard = 0
+        for candidate in self._nearest():
+            answered = candidate.state is _State.ANSWERED
+            if answered and not candidate.holder:
+                continue
+            if candidate.state is _State.OVERDUE or candidate.group in groups:
+                continue
+            groups[candidate.group] = None
+            heard += answered
+            if heard >= answers:
+                return True
+            if len(groups) >= among:
+                return False
+        return False
 
     def __contains__(self, peer_id: str) -> bool:
         return peer_id in self._candidates
@@ -164,12 +234,140 @@ class Lookup:
         return PeerInfo(peer_id, candidate.addrs)
 
     @property
+    def flying(self) -> int:
+        """How many requests are under way and not overdue."""
+        return sum(path.flying for path in self._paths)
+
+    @property
     def asked_nobody(self) -> bool:
         """Whether there was nobody to ask."""
         return not self._candidates
 
-    def _may_ask(self, candidate: _Candidate) -> bool:
-        return candidate.state is _State.HEARD and self._requests_left > 0
+    @property
+    def hops(self) -> int:
+        """How far from our own table the nearest that answered was heard of."""
+        for _, peer_id in self._order:
+            if self._candidates[peer_id].state is _State.ANSWERED:
+                return self._candidates[peer_id].hops + 1
+        return 0
 
-    def _enough(self, answered: int, holders: int) -> bool:
-        return answered >= self._width or 0 < self._holders <= holders
+    @property
+    def requests(self) -> int:
+        """How many requests were sent."""
+        return REQUESTS_MAX - self._requests_left
+
+    # Inside
+
+    def _hear(self, peer: PeerInfo, by: _Candidate | None, path: int) -> None:
+        """One hint.
+
+        A peer that failed is tried once more where somebody knows other addresses of
+        it, or else whoever answers first could hide a peer behind wrong ones.
+        """
+        if peer.peer_id == self._own_peer_id:
+            return
+        candidate = self._candidates.get(peer.peer_id)
+        if candidate is None:
+            candidate = _Candidate(
+                peer_id=peer.peer_id,
+                distance=peer_position(peer.peer_id) ^ self.target,
+                addrs=peer.addrs[:ADDRS_MAX],
+                group=self._group_of(peer.peer_id, (peer.addrs or ("",))[0]),
+                path=path,
+                hops=by.hops + 1 if by else 0,
+            )
+            self._candidates[peer.peer_id] = candidate
+            bisect.insort(self._order, (candidate.distance, peer.peer_id))
+        else:
+            new = tuple(addr for addr in peer.addrs if addr not in candidate.addrs)
+            if new and len(candidate.addrs) < ADDRS_MAX:
+                if candidate.state is _State.FAILED and candidate.tries < _TRIES_MAX:
+                    candidate.state = _State.HEARD
+                    candidate.addrs = (new + candidate.addrs)[:ADDRS_MAX]
+                else:
+                    candidate.addrs = (candidate.addrs + new)[:ADDRS_MAX]
+        if by is not None and len(candidate.referrers) < _REFERRERS_MAX:
+            candidate.referrers.append(by)
+            by.named_answered += candidate.state is _State.ANSWERED
+        order = self._paths[path].order
+        at = bisect.bisect_left(order, (candidate.distance, candidate.peer_id))
+        if at == len(order) or order[at][1] != candidate.peer_id:
+            order.insert(at, (candidate.distance, candidate.peer_id))
+
+    def _pick(self, *, shy: bool) -> _Candidate | None:
+        """The next to be asked; those whom we would rather not ask only if `shy`."""
+        if self._have_holders():
+            return None
+        for turn in range(PATHS):
+            number = (self._turn + turn) % PATHS
+            path = self._paths[number]
+            candidate = None if path.flying else self._step(path, shy)
+            if candidate is not None:
+                candidate.path = number
+                self._turn = (number + 1) % PATHS
+                return candidate
+        places = 0
+        for candidate in self._nearest():
+            if candidate.state is _State.HEARD and (shy or not self._shy(candidate.peer_id)):
+                return candidate
+            places += candidate.state in (_State.ASKED, _State.ANSWERED)
+            if places >= self._width:
+                break
+        return None
+
+    def _step(self, path: _Path, shy: bool) -> _Candidate | None:
+        """The nearest on a path, unless somebody has asked it already: then the path is at
+        its end."""
+        for _, peer_id in path.order:
+            candidate = self._candidates[peer_id]
+            if candidate.state in (_State.FAILED, _State.OVERDUE) or not self._credible(candidate):
+                continue
+            if candidate.state is not _State.HEARD:
+                return None
+            if shy or not self._shy(peer_id):
+                return candidate
+        return None
+
+    def _nearest(self) -> Iterator[_Candidate]:
+        """Those that count, nearest first: believed, not failed, few of each IP group."""
+        groups: Counter[str] = Counter()
+        for _, peer_id in self._order:
+            candidate = self._candidates[peer_id]
+            if candidate.state is _State.FAILED or not self._credible(candidate):
+                continue
+            if candidate.state is not _State.OVERDUE:
+                groups[candidate.group] += 1
+            if groups[candidate.group] <= GROUP_NEAREST_MAX:
+                yield candidate
+
+    def _credible(self, candidate: _Candidate) -> bool:
+        if candidate.state is not _State.HEARD or candidate.hops == 0:
+            return True  # our own table vouches for it
+        return any(
+            r.named_failed <= _CREDIT or r.named_failed <= r.named_answered
+            for r in candidate.referrers
+        )
+
+    def _have_holders(self) -> bool:
+        """Whether the `holders` nearest of different IP groups that keep records have answered."""
+        if not self._holders:
+            return False
+        groups: dict[str, None] = {}
+        for candidate in self._nearest():
+            if candidate.state is _State.ASKED:
+                return False
+            if candidate.state is _State.HEARD and not self._shy(candidate.peer_id):
+                return False
+            if candidate.state is _State.ANSWERED and candidate.holder:
+                groups[candidate.group] = None
+                if len(groups) >= self._holders:
+                    return True
+        return False
+
+    def _landed(self, candidate: _Candidate) -> None:
+        if candidate.state is _State.ASKED:
+            self._paths[candidate.path].flying -= 1
+
+    def _blame(self, candidate: _Candidate) -> None:
+        for referrer in candidate.referrers:
+            referrer.named_failed += 1

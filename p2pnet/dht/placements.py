@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import replace
 
-from p2pnet.dht.events import Failed, Stored
+from p2pnet.dht.events import Failed, ReplyArrived, Stored
 from p2pnet.dht.keyspace import peer_position
 from p2pnet.dht.local import REPLICAS, Local
 from p2pnet.dht.lookup import QUORUM
@@ -29,24 +30,22 @@ class Placement(Search):
     def __init__(
         self, local: Local, key: bytes, now: float, timeout_s: float, *, copies: int, holders: int
     ) -> None:
-        super().__init__(local, Message(Kind.FIND_NODE, key), now, timeout_s, holders=holders)
+        super().__init__(local, key, Kind.FIND_NODE, now, timeout_s, holders=holders)
         self._ends = self.until
         self.until = now + _LOOKUP_SHARE * timeout_s
         self._copies = copies
         self._spare: list[PeerInfo] | None = None  # None: still looking
         self._waiting: dict[str, bool] = {}  # asked to take it; True: overdue
-        self._taken = 0
+        self._taken: dict[str, None] = {}
 
-    def answered(
-        self, peer_id: str, message: Message | None, holder: bool, now: float, wall_ms: int
-    ) -> list[Ask]:
+    def answered(self, peer_id: str, event: ReplyArrived, now: float) -> list[Ask]:
         if peer_id not in self._waiting:
             if self._spare is not None:
                 return []  # an answer to the lookup that came after its end
-            return super().answered(peer_id, message, holder, now, wall_ms)
+            return super().answered(peer_id, event, now)
         overdue = self._waiting.pop(peer_id)
-        if self._took(message):
-            self._taken += 1
+        if self._took(event.message):
+            self._taken[peer_id] = None
             return self._store([], now)
         return self._store([] if overdue else self._next_spare(), now)
 
@@ -71,11 +70,13 @@ class Placement(Search):
     def _converged(self, now: float) -> list[Ask]:
         self.until = self._ends
         places = self._places()
-        near = is_among(self.local.peer_id, places, self._copies, self.request.key)
+        names = [peer.peer_id for peer in places]
+        near = is_among(self.local.peer_id, names, self._copies, self.key)
         if self.local.server and near and self._take_ourselves(now):
-            self._taken += 1
-        chosen = places[: self._copies - self._taken]
-        self._spare = places[len(chosen) :]
+            self._taken[self.local.peer_id] = None
+        copies = self._copies - (self.local.peer_id in self._taken)
+        chosen = [peer for peer in places[:copies] if peer.peer_id not in self._taken]
+        self._spare = [peer for peer in places[copies:] if peer.peer_id not in self._taken]
         return self._store(chosen, now)
 
     def _store(self, peers: list[PeerInfo], now: float) -> list[Ask]:
@@ -84,64 +85,94 @@ class Placement(Search):
         for peer in peers:
             self._waiting[peer.peer_id] = False
         in_time = sum(not overdue for overdue in self._waiting.values())
-        if not self._waiting or (in_time == 0 and self._taken >= QUORUM):
+        if not self._waiting or (in_time == 0 and len(self._taken) >= QUORUM):
             self._finish()
         return asks
 
     def _finish(self) -> None:
         if self._taken:
-            self.result = Stored(self._taken)
+            self._end(Stored(len(self._taken)))
         else:
-            self.result = Failed("no peer of the network took it")
+            self._end(Failed("no peer of the network took it"))
 
     def _next_spare(self) -> list[PeerInfo]:
         return [self._spare.pop(0)] if self._spare else []
 
+    @abstractmethod
     def _places(self) -> list[PeerInfo]:
         """Who could take it, nearest first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _message(self, now: float) -> Message:
-        raise NotImplementedError
+        """What asks a peer to take it."""
 
+    @abstractmethod
     def _took(self, message: Message | None) -> bool:
-        raise NotImplementedError
+        """Whether that reply says that it was taken."""
 
+    @abstractmethod
     def _take_ourselves(self, now: float) -> bool:
-        raise NotImplementedError
+        """Takes it, where we are one of the nearest; whether we could."""
 
 
 class RecordPlacement(Placement):
-    """Puts records on the holders nearest to their key."""
+    """Puts records on the holders nearest to their key.
+
+    A peer that is likely to be one of them is asked to take it at once: its answer
+    names nearer peers as well, so that mostly there is nothing left to do when the
+    lookup has converged.
+    """
 
     def __init__(
         self, local: Local, records: Iterable[OpenRecord], now: float, timeout_s: float
     ) -> None:
         self._records = tuple(records)
         self._began = now
+        self._radius = local.neighbourhood()
+        self._at_once: dict[str, Message] = {}
         key = self._records[0].key
         super().__init__(local, key, now, timeout_s, copies=REPLICAS, holders=REPLICAS)
 
+    def _ask(self, peer: PeerInfo) -> Message:
+        contact = self.local.table.get(peer.peer_id)
+        if contact is None or not contact.holder:
+            return self._question
+        if contact.position ^ self.lookup.target > self._radius:
+            return self._question
+        message = self._at_once[peer.peer_id] = self._message(self._began)
+        return message
+
+    def _asked(self, peer_id: str) -> Message:
+        return self._at_once.get(peer_id, self._question)
+
+    def _take(self, peer_id: str, message: Message, event: ReplyArrived, now: float) -> None:
+        if peer_id in self._at_once and self._took(message):
+            self._taken[peer_id] = None
+
     def _places(self) -> list[PeerInfo]:
-        places = {peer.peer_id: peer for peer in self.lookup.nearest(holders_only=True)}
+        places = self.lookup.holders()
+        known = {peer.peer_id for peer in places}
         if len(places) < self._copies:
             # Among many stock peers, those near the key may keep no records.
             for contact in self.local.table.closest(self.lookup.target, len(self.local.table)):
                 if contact.holder and contact.peer_id not in self.lookup:
-                    places.setdefault(contact.peer_id, contact.info)
-        target = self.lookup.target
-        return sorted(places.values(), key=lambda peer: peer_position(peer.peer_id) ^ target)
+                    places.append(contact.info)
+            target = self.lookup.target
+            if len(places) > len(known):
+                places.sort(key=lambda peer: peer_position(peer.peer_id) ^ target)
+        # Who was asked on the way and did not take it will not now.
+        return [p for p in places if p.peer_id in self._taken or p.peer_id not in self._at_once]
 
     def _aged(self, now: float) -> list[OpenRecord]:
         since = now - self._began
         return [replace(record, age_s=record.age_s + since) for record in self._records]
 
     def _message(self, now: float) -> Message:
-        return Message(Kind.PUT_VALUE, self.request.key, serialise_set(self._aged(now)))
+        return Message(Kind.PUT_VALUE, self.key, serialise_set(self._aged(now)))
 
     def _took(self, message: Message | None) -> bool:
-        # The signed bytes themselves come back: a stock peer's or a liar's
-        # acknowledgement of something else does not count.
+        # The signed bytes themselves come back, read from where they are kept: a stock
+        # peer's or a liar's acknowledgement of something else does not count.
         if message is None or message.kind is not Kind.PUT_VALUE or message.value is None:
             return False
         return any(record.signed.payload in message.value for record in self._records)
@@ -163,11 +194,11 @@ class ProviderPlacement(Placement):
     def _message(self, now: float) -> Message:
         # The shell adds where we are: addresses may change while this waits.
         own = PeerInfo(self.local.peer_id, ())
-        return Message(Kind.ADD_PROVIDER, self.request.key, providers=(own,))
+        return Message(Kind.ADD_PROVIDER, self.key, providers=(own,))
 
     def _took(self, message: Message | None) -> bool:
         return True  # the protocol has no reply to it
 
     def _take_ourselves(self, now: float) -> bool:
-        self.local.providers.add(self.request.key, PeerInfo(self.local.peer_id, ()), now)
+        self.local.providers.add(self.key, PeerInfo(self.local.peer_id, ()), now)
         return True

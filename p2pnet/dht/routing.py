@@ -3,31 +3,46 @@
 Maymounkov and Mazieres 2002, section 2.4: a full bucket keeps the contacts that
 it has known longest as long as they answer, since who has stayed long is
 likeliest to stay, and since a flood of newcomers then displaces nobody. Only
-servers of the protocol come in here; who else asks is answered and forgotten.
+servers of the protocol that have answered a lookup come in here.
+
+Identities are free and IP addresses are not, so that a group of addresses has
+few places (as in go-libp2p-kbucket's diversity filter): who wants to surround a
+peer needs as many networks as the peer has neighbours.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 from p2pnet.dht.keyspace import POSITION_BITS, common_prefix_bits, peer_position
 from p2pnet.net.network import PeerInfo
 
 K = 20
+GROUP_TABLE_MAX = 3  # contacts of one IP group
+GROUP_BUCKET_MAX = 2
 _SPARES_MAX = 5  # newcomers that wait beside a full bucket
 
 
 @dataclass(frozen=True, slots=True)
 class Contact:
-    """A server that we know. `holder`: it announces that it keeps records."""
+    """A server that we know. `holder`: it announces that it keeps records.
+
+    `group`: its IP group, by the address where it was seen.
+    """
 
     peer_id: str
     addrs: tuple[str, ...]
     holder: bool
     seen_at: float
+    group: str
+    position: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "position", peer_position(self.peer_id))
 
     @property
     def info(self) -> PeerInfo:
@@ -43,7 +58,7 @@ class _Bucket:
 
 
 class RoutingTable:
-    """At most K contacts a bucket; a bucket for each length of common prefix."""
+    """At most K contacts a bucket, a bucket for each length of common prefix."""
 
     def __init__(self, own_peer_id: str, *, k: int = K) -> None:
         self._own_peer_id = own_peer_id
@@ -51,6 +66,12 @@ class RoutingTable:
         self._k = k
         self._buckets: dict[int, _Bucket] = {}
         self._size = 0
+        self._groups: Counter[str] = Counter()
+
+    @property
+    def position(self) -> int:
+        """Ours."""
+        return self._own
 
     def __len__(self) -> int:
         return self._size
@@ -65,29 +86,43 @@ class RoutingTable:
         return bucket.contacts.get(peer_id) if bucket else None
 
     def has_room(self, peer_id: str) -> bool:
-        """Whether a newcomer of that id would come in at once."""
+        """Whether a newcomer of that id would come in at once, its group permitting."""
         bucket = self._buckets.get(self._number(peer_id))
         return bucket is None or len(bucket.contacts) < self._k
+
+    def admits(self, contact: Contact) -> bool:
+        """Whether its IP group has a place for that contact."""
+        bucket = self._buckets.get(self._number(contact.peer_id))
+        of_group = [] if bucket is None else bucket.contacts.values()
+        others = sum(c.group == contact.group for c in of_group if c.peer_id != contact.peer_id)
+        known = self.get(contact.peer_id)
+        itself = known is not None and known.group == contact.group
+        return others < GROUP_BUCKET_MAX and self._groups[contact.group] - itself < GROUP_TABLE_MAX
 
     def seen(self, contact: Contact) -> Contact | None:
         """A server showed signs of life.
 
         Known addresses stay where it comes with none. Where its bucket is full it
         waits beside it, and the result is the contact that has been silent longest:
-        to be asked, and removed if it does not answer.
+        to be asked, and removed if it does not answer. One whose group has no place
+        is left out, also if it was here with another address.
         """
         if contact.peer_id == self._own_peer_id:
+            return None
+        if not self.admits(contact):
+            self.remove(contact.peer_id)
             return None
         number = self._number(contact.peer_id)
         bucket = self._buckets.get(number)
         if bucket is None:
             bucket = self._buckets[number] = _Bucket({}, {}, -math.inf)
-        known = bucket.contacts.pop(contact.peer_id, None)
+        known = bucket.contacts.get(contact.peer_id)
         if known is not None or len(bucket.contacts) < self._k:
-            if known is not None and not contact.addrs:
-                contact = replace(contact, addrs=known.addrs)
-            self._size += known is None
-            bucket.contacts[contact.peer_id] = contact
+            if known is not None:
+                self._take_out(bucket, contact.peer_id)
+                if not contact.addrs:
+                    contact = replace(contact, addrs=known.addrs)
+            self._put_in(bucket, contact)
             bucket.spares.pop(contact.peer_id, None)
             return None
         bucket.spares.pop(contact.peer_id, None)
@@ -104,25 +139,31 @@ class RoutingTable:
             bucket.contacts[peer_id] = replace(contact, addrs=addrs)  # keeps its place
 
     def remove(self, peer_id: str) -> None:
-        """A peer is gone or silent; the latest that waited takes its place."""
+        """A peer is gone or silent; the latest that waited and may takes its place."""
         number = self._number(peer_id)
         bucket = self._buckets.get(number)
         if bucket is None:
             return
         bucket.spares.pop(peer_id, None)
-        if bucket.contacts.pop(peer_id, None) is None:
+        if peer_id not in bucket.contacts:
             return
-        self._size -= 1
-        if bucket.spares:
-            _, spare = bucket.spares.popitem()
-            bucket.contacts[spare.peer_id] = spare
-            self._size += 1
+        self._take_out(bucket, peer_id)
+        for spare in reversed(list(bucket.spares.values())):
+            if self.admits(spare):
+                del bucket.spares[spare.peer_id]
+                self._put_in(bucket, spare)
+                break
         if not bucket.contacts:
             del self._buckets[number]
 
     def closest(self, target: int, n: int) -> list[Contact]:
         """The `n` contacts nearest to a position, nearest first."""
-        return heapq.nsmallest(n, self, key=lambda c: peer_position(c.peer_id) ^ target)
+        found: list[Contact] = []
+        for contacts in self._outwards(target):
+            if len(found) >= n:
+                break
+            found += heapq.nsmallest(n - len(found), contacts, key=lambda c: c.position ^ target)
+        return found
 
     def touch(self, target: int, now: float) -> None:
         """The part of the space where `target` lies was just looked up."""
@@ -137,14 +178,44 @@ class RoutingTable:
     def check(self) -> None:
         """Raises AssertionError if an invariant does not hold."""
         assert self._size == sum(len(b.contacts) for b in self._buckets.values())
+        groups: Counter[str] = Counter()
         for number, bucket in self._buckets.items():
             assert 0 <= number < POSITION_BITS, "we are in our own table"
             assert 0 < len(bucket.contacts) <= self._k
             assert len(bucket.spares) <= _SPARES_MAX
+            in_bucket = Counter(contact.group for contact in bucket.contacts.values())
+            assert max(in_bucket.values()) <= GROUP_BUCKET_MAX, "one IP group fills a bucket"
+            groups += in_bucket
             for peer_id, contact in (bucket.contacts | bucket.spares).items():
                 assert contact.peer_id == peer_id
                 assert self._number(peer_id) == number
             assert not bucket.contacts.keys() & bucket.spares.keys()
+        assert groups == self._groups
+        assert max(groups.values(), default=0) <= GROUP_TABLE_MAX, "one IP group fills the table"
+
+    def _outwards(self, target: int) -> Iterator[Iterable[Contact]]:
+        # Contacts in shells about a target that shares b bits with us, the nearest
+        # shell first: those of bucket b share more than b bits with it; those of all
+        # longer buckets differ from it where we do, in bit b; those of bucket j < b
+        # differ in bit j.
+        at = common_prefix_bits(self._own, target)
+        if at in self._buckets:
+            yield self._buckets[at].contacts.values()
+        yield [c for n, b in self._buckets.items() if n > at for c in b.contacts.values()]
+        for number in sorted((n for n in self._buckets if n < at), reverse=True):
+            yield self._buckets[number].contacts.values()
+
+    def _put_in(self, bucket: _Bucket, contact: Contact) -> None:
+        bucket.contacts[contact.peer_id] = contact
+        self._size += 1
+        self._groups[contact.group] += 1
+
+    def _take_out(self, bucket: _Bucket, peer_id: str) -> None:
+        contact = bucket.contacts.pop(peer_id)
+        self._size -= 1
+        self._groups[contact.group] -= 1
+        if not self._groups[contact.group]:
+            del self._groups[contact.group]
 
     def _number(self, peer_id: str) -> int:
         return common_prefix_bits(self._own, peer_position(peer_id))

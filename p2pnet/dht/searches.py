@@ -6,13 +6,14 @@ next, and has a `result` in the end. None of them outlives its `until`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from p2pnet.dht.events import Failed, Nodes, Providers, Records, Result
+from p2pnet.dht.events import Failed, Nodes, Providers, Records, ReplyArrived, Result
 from p2pnet.dht.keyspace import peer_position, position
 from p2pnet.dht.local import REPLICAS, Local
-from p2pnet.dht.lookup import Lookup
+from p2pnet.dht.lookup import QUORUM, Lookup
 from p2pnet.dht.records import OpenRecord, merge, serialise_set
 from p2pnet.dht.routing import K
 from p2pnet.dht.store import PROVIDERS_MAX
@@ -31,38 +32,57 @@ class Ask:
     tracked: bool = True
 
 
-class Search:
-    """A lookup, and what is gathered on its way. Base of all operations."""
+class Search(ABC):
+    """A lookup, and what is gathered on its way. Base of all operations.
+
+    It has its `result` as soon as it can be given, and is `over` when nothing more
+    comes of it: a read goes on hearing the answers under way, to mend what is stale.
+    """
 
     def __init__(
-        self, local: Local, request: Message, now: float, timeout_s: float, *, holders: int = 0
+        self,
+        local: Local,
+        key: bytes,
+        kind: Kind,
+        now: float,
+        timeout_s: float,
+        *,
+        holders: int = 0,
     ) -> None:
         self.local = local
-        self.request = request
+        self.key = key
         self.until = now + timeout_s
         self.result: Result | None = None
-        self.lookup = Lookup(local.peer_id, request.key, width=K, holders=holders)
+        self.over = False
+        self.lookup = Lookup(
+            local.peer_id,
+            key,
+            width=K,
+            group_of=local.group_of,
+            holders=holders,
+            shy=local.is_stalled,
+        )
         self.answers = 0
+        self._question = Message(kind, key)
 
     def begin(self, now: float) -> list[Ask]:
         """The first requests."""
-        self.lookup.heard(self.local.seeds(self.request.key))
+        self.lookup.begin(self.local.seeds(self.key))
         return self._go_on(now)
 
-    def answered(
-        self, peer_id: str, message: Message | None, holder: bool, now: float, wall_ms: int
-    ) -> list[Ask]:
+    def answered(self, peer_id: str, event: ReplyArrived, now: float) -> list[Ask]:
         """A reply came, late or not.
 
         Raises:
             MalformedError: it is none that an honest peer gives; to be counted as failed.
         """
-        if message is None or message.kind is not self.request.kind:
+        message = event.message
+        if message is None or message.kind is not self._asked(peer_id).kind:
             raise MalformedError("a DHT reply of another kind than its request")
-        self._take(peer_id, message, holder, now, wall_ms)
+        self._take(peer_id, message, event, now)
         self.answers += 1
-        self.lookup.answered(peer_id, holder=holder)
-        self.lookup.heard(self.local.hints(message.closer, now))
+        self.lookup.answered(peer_id, holder=event.holder, addr=event.addr)
+        self.lookup.heard(peer_id, self.local.hints(message.closer, now))
         return self._go_on(now)
 
     def failed(self, peer_id: str, now: float) -> list[Ask]:
@@ -80,18 +100,32 @@ class Search:
         return self._converged(now)
 
     def _go_on(self, now: float) -> list[Ask]:
-        if self.result is not None:
+        if self.over:
             return []
         if self.lookup.done:
             return self._converged(now)
-        return [Ask(peer, self.request) for peer in self.lookup.next()]
+        return [Ask(peer, self._ask(peer)) for peer in self.lookup.next()]
 
-    def _take(self, peer_id: str, message: Message, holder: bool, now: float, wall_ms: int) -> None:
+    def _ask(self, peer: PeerInfo) -> Message:
+        """What a peer on the way is asked."""
+        return self._question
+
+    def _asked(self, peer_id: str) -> Message:
+        """What it was asked."""
+        return self._question
+
+    def _take(  # noqa: B027 - there may be nothing
+        self, peer_id: str, message: Message, event: ReplyArrived, now: float
+    ) -> None:
         """Gathers what a reply brings beside nearer peers."""
 
+    @abstractmethod
     def _converged(self, now: float) -> list[Ask]:
-        """The lookup is over: sets `result`, or goes on with the requests returned."""
-        raise NotImplementedError
+        """The lookup is over: sets `result`; the end, or the requests that follow."""
+
+    def _end(self, result: Result) -> None:
+        self.result = self.result or result
+        self.over = True
 
     def _nobody_answered(self) -> bool:
         return self.answers == 0 and not self.lookup.asked_nobody
@@ -103,7 +137,7 @@ class NodeSearch(Search):
     def __init__(
         self, local: Local, key: bytes, now: float, timeout_s: float, *, peer_id: str = ""
     ) -> None:
-        super().__init__(local, Message(Kind.FIND_NODE, key), now, timeout_s)
+        super().__init__(local, key, Kind.FIND_NODE, now, timeout_s)
         self._sought = peer_id
 
     @staticmethod
@@ -111,80 +145,102 @@ class NodeSearch(Search):
         """A search that ends as soon as that peer itself answers."""
         return NodeSearch(local, peer_id_bytes(peer_id), now, timeout_s, peer_id=peer_id)
 
-    def answered(
-        self, peer_id: str, message: Message | None, holder: bool, now: float, wall_ms: int
-    ) -> list[Ask]:
-        asks = super().answered(peer_id, message, holder, now, wall_ms)
-        if self.result is None and peer_id == self._sought:
+    def answered(self, peer_id: str, event: ReplyArrived, now: float) -> list[Ask]:
+        asks = super().answered(peer_id, event, now)
+        if not self.over and peer_id == self._sought:
             return self._converged(now)
         return asks
 
     def _converged(self, now: float) -> list[Ask]:
         if self._nobody_answered():
-            self.result = Failed("no peer of the network answered")
+            self._end(Failed("no peer of the network answered"))
         else:
             target = self.lookup.reachable(self._sought)
-            self.result = Nodes(tuple(self.lookup.nearest()[:K]), target)
+            closest = tuple(self.lookup.nearest()[:K])
+            self._end(Nodes(closest, target, self.lookup.hops, self.lookup.requests))
         return []
 
 
 class RecordSearch(Search):
     """The records under a key, merged over the holders nearest to it.
 
-    A copy of our own is only one more answer: it is believed alone only where we
-    know nobody to ask. What a holder lacked is sent to it afterwards.
+    Given as soon as `quorum` of the REPLICAS nearest have answered and something was
+    found; that nothing is there is said only after all of them. A copy of our own is
+    only one more answer: it is believed alone only where we know nobody to ask.
+    What a holder lacked is sent to it afterwards.
     """
 
-    def __init__(self, local: Local, key: bytes, now: float, timeout_s: float) -> None:
-        super().__init__(local, Message(Kind.GET_VALUE, key), now, timeout_s, holders=REPLICAS)
+    def __init__(
+        self, local: Local, key: bytes, now: float, timeout_s: float, *, quorum: int = QUORUM
+    ) -> None:
+        super().__init__(local, key, Kind.GET_VALUE, now, timeout_s, holders=REPLICAS)
+        self.quorum = quorum
         self._records: list[OpenRecord] = []
         self._copies: dict[str, dict[str, tuple[int, int, bytes]]] = {}
         self._began = now
 
-    def _take(self, peer_id: str, message: Message, holder: bool, now: float, wall_ms: int) -> None:
-        records = self.local.open(self.request.key, message.value, wall_ms)
+    def holders_of(self, record: OpenRecord) -> int:
+        """How many of those that answered hold that record, or one that is newer."""
+        return sum(
+            copies.get(record.author, (-1, -1, b"")) >= record.rank
+            for copies in self._copies.values()
+        )
+
+    def _take(self, peer_id: str, message: Message, event: ReplyArrived, now: float) -> None:
+        records = self.local.open(self.key, message.value, event.wall_ms)
+        records = self.local.store.sift(records, now)
         # How long the answer was under way is not known: at most since we began.
         # Copies only grow older.
         since = now - self._began
         aged = [replace(record, age_s=record.age_s + since) for record in records]
         self._records = merge([*self._records, *aged])
-        if holder:
+        if event.holder:
             self._copies[peer_id] = {record.author: record.rank for record in records}
+
+    def _go_on(self, now: float) -> list[Ask]:
+        if self.over:
+            return []
+        if self.result is None and self._records and self.lookup.quorum(self.quorum, REPLICAS):
+            self.result = Records(tuple(self._live(now)), len(self._copies))
+        if self.result is None:
+            return super()._go_on(now)
+        # Only what is under way is still heard.
+        return [] if self.lookup.flying else self._converged(now)
 
     def _converged(self, now: float) -> list[Ask]:
         if self._nobody_answered():
-            self.result = Failed("no peer of the network answered")
+            self._end(Failed("no peer of the network answered"))
             return []
-        key = self.request.key
-        own = self.local.store.get(key, now)
-        merged = merge([*self._records, *own])
-        live = [record for record in merged if record.expires_in_s > 0]
-        self.result = Records(tuple(live), len(self._copies))
-        nearest = [peer for peer in self.lookup.nearest() if peer.peer_id in self._copies][
-            :REPLICAS
-        ]
-        if self.local.server and is_among(self.local.peer_id, nearest, REPLICAS, key):
+        live = self._live(now)
+        self._end(Records(tuple(live), len(self._copies)))
+        near = self.lookup.holders()[:REPLICAS]
+        names = [peer.peer_id for peer in near]
+        if self.local.server and is_among(self.local.peer_id, names, REPLICAS, self.key):
             for record in live:
                 self.local.store.put(record, now)
         repairs: list[Ask] = []
-        for peer in nearest:
+        for peer in near:
             copies = self._copies[peer.peer_id]
             lacking = [r for r in live if copies.get(r.author, (-1, -1, b"")) < r.rank]
             if lacking:
-                message = Message(Kind.PUT_VALUE, key, serialise_set(lacking))
+                message = Message(Kind.PUT_VALUE, self.key, serialise_set(lacking))
                 repairs.append(Ask(peer, message, tracked=False))
         return repairs
+
+    def _live(self, now: float) -> list[OpenRecord]:
+        merged = merge([*self._records, *self.local.store.get(self.key, now)])
+        return [record for record in merged if record.expires_in_s > 0]
 
 
 class ProviderSearch(Search):
     """Who says that it provides a key."""
 
     def __init__(self, local: Local, key: bytes, now: float, timeout_s: float) -> None:
-        super().__init__(local, Message(Kind.GET_PROVIDERS, key), now, timeout_s)
+        super().__init__(local, key, Kind.GET_PROVIDERS, now, timeout_s)
         self._providers: dict[str, PeerInfo] = {}
         self._gather(local.providers.get(key, now))
 
-    def _take(self, peer_id: str, message: Message, holder: bool, now: float, wall_ms: int) -> None:
+    def _take(self, peer_id: str, message: Message, event: ReplyArrived, now: float) -> None:
         self._gather(message.providers)
 
     def _gather(self, providers: Iterable[PeerInfo]) -> None:
@@ -198,15 +254,15 @@ class ProviderSearch(Search):
 
     def _converged(self, now: float) -> list[Ask]:
         if self._nobody_answered():
-            self.result = Failed("no peer of the network answered")
+            self._end(Failed("no peer of the network answered"))
         else:
-            self.result = Providers(tuple(self._providers.values()))
+            self._end(Providers(tuple(self._providers.values())))
         return []
 
 
-def is_among(peer_id: str, others: list[PeerInfo], n: int, key: bytes) -> bool:
+def is_among(peer_id: str, others: Sequence[str], n: int, key: bytes) -> bool:
     """Whether a peer is one of the `n` nearest to a key, `others` being sorted."""
     if len(others) < n:
         return True
     target = position(key)
-    return peer_position(peer_id) ^ target < peer_position(others[n - 1].peer_id) ^ target
+    return peer_position(peer_id) ^ target < peer_position(others[n - 1]) ^ target

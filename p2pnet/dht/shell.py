@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -21,7 +22,9 @@ from p2pnet.dht import events as ev
 from p2pnet.dht import wire
 from p2pnet.dht.canonical import parse_canonical
 from p2pnet.dht.core import Kademlia
+from p2pnet.dht.lookup import QUORUM
 from p2pnet.dht.records import PAYLOAD_BYTES_MAX, OpenRecord, open_record
+from p2pnet.dht.snapshot import Held
 from p2pnet.dht.wire import Kind, Message
 from p2pnet.errors import (
     CancelledByUs,
@@ -32,7 +35,8 @@ from p2pnet.errors import (
     UnreachableError,
 )
 from p2pnet.keys import peer_id_bytes
-from p2pnet.net.network import Network, PeerInfo
+from p2pnet.net.groups import GroupOf, ip_group
+from p2pnet.net.network import MESSAGE_BYTES_MAX, Network, PeerInfo
 from p2pnet.v1 import common_pb2, records_pb2
 
 if TYPE_CHECKING:
@@ -48,6 +52,14 @@ _CHECKS_MAX = 256
 _GRACE_S = 2.0
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Check:
+    """A peer is being found out about; `fed`: the rest is the core's."""
+
+    done: trio.Event = field(default_factory=trio.Event)
+    fed: bool = False
 
 
 @dataclass(slots=True)
@@ -74,13 +86,14 @@ class Dht:
         protocol: str = KAD_PROTOCOL,
         now: Callable[[], float] = clock.now,
         wall_ms: Callable[[], int] = clock.wall_ms,
+        group_of: GroupOf = ip_group,
     ) -> None:
         self._network = network
         self._server = server
         self._protocol = protocol
         self._now = now
         self._wall_ms = wall_ms
-        self._core = Kademlia(network.peer_id, rng, server=server)
+        self._core = Kademlia(network.peer_id, rng, server=server, group_of=group_of)
         self._nursery: trio.Nursery | None = None
         self._early: list[tuple[Callable[..., Awaitable[None]], tuple[object, ...]]] = []
         self._alarm = trio.Event()
@@ -89,7 +102,7 @@ class Dht:
         self._waiting: dict[int, _Waiting] = {}
         self._replies: dict[int, Message | MalformedError | None] = {}
         self._makers: dict[bytes, Callable[[], common_pb2.Signed]] = {}
-        self._checking: dict[str, trio.Event] = {}
+        self._checking: dict[str, _Check] = {}
         self._check_slots = trio.CapacityLimiter(_CHECKS_AT_ONCE)
         self._counts = {"requests_sent": 0, "requests_failed": 0, "requests_answered": 0}
 
@@ -100,7 +113,7 @@ class Dht:
             try:
                 if self._server:
                     self._network.serve(self._protocol, self._serve)
-                    self._network.serve(RECORD_PROTOCOL, self._serve)
+                    self._network.serve(RECORD_PROTOCOL, self._serve_batch)
                 for task, arguments in self._early:
                     nursery.start_soon(task, *arguments)
                 self._early.clear()
@@ -127,15 +140,36 @@ class Dht:
         assert isinstance(result, ev.Nodes)
         return result.target
 
-    async def get(self, key: bytes, timeout_s: float = TIMEOUT_S) -> list[OpenRecord]:
+    async def get(
+        self, key: bytes, timeout_s: float = TIMEOUT_S, *, quorum: int = QUORUM
+    ) -> list[OpenRecord]:
         """The records under a key, checked: the newest of each author, newest first.
+
+        `quorum`: of how many of the nearest holders the answers are merged, at least.
 
         Raises:
             UnreachableError: peers are known, and none answered.
         """
-        result = await self._operate(lambda op_id: ev.Get(op_id, key, timeout_s))
+        result = await self._operate(lambda op_id: ev.Get(op_id, key, timeout_s, quorum))
         assert isinstance(result, ev.Records)
         return list(result.records)
+
+    async def get_many(
+        self, keys: Sequence[bytes], timeout_s: float = TIMEOUT_S, *, quorum: int = QUORUM
+    ) -> dict[bytes, list[OpenRecord]]:
+        """As `get`, of many keys at once; the lookups share messages to the same peers.
+
+        A key for which nobody answered in time is not in the result.
+        """
+        wanted = list(dict.fromkeys(keys))
+        results = await self._operate_many(
+            [partial(ev.Get, key=key, timeout_s=timeout_s, quorum=quorum) for key in wanted]
+        )
+        return {
+            key: list(result.records)
+            for key, result in zip(wanted, results, strict=True)
+            if isinstance(result, ev.Records)
+        }
 
     async def put(self, record: common_pb2.Signed, timeout_s: float = TIMEOUT_S) -> int:
         """Stores a record; returns how many peers took it, us included.
@@ -148,6 +182,20 @@ class Dht:
         result = await self._operate(lambda op_id: ev.Put(op_id, opened, timeout_s))
         assert isinstance(result, ev.Stored)
         return result.holders
+
+    async def put_many(
+        self, records: Sequence[common_pb2.Signed], timeout_s: float = TIMEOUT_S
+    ) -> list[int]:
+        """As `put`, of many records at once: how many peers took each, 0 where none did.
+
+        Raises:
+            LocalError: a record that every peer would refuse; nothing was stored.
+        """
+        opened = [self._open(record) for record in records]
+        results = await self._operate_many(
+            [partial(ev.Put, record=record, timeout_s=timeout_s) for record in opened]
+        )
+        return [result.holders if isinstance(result, ev.Stored) else 0 for result in results]
 
     def keep(self, key: bytes, make: Callable[[], common_pb2.Signed]) -> None:
         """Puts the record that `make` makes, and a newer one after each third of its life.
@@ -225,7 +273,7 @@ class Dht:
         """As `seen`, and returns when it is known whether the peer comes into the table."""
         self.seen(peer_id, addrs)
         if (checked := self._checking.get(peer_id)) is not None:
-            await checked.wait()
+            await checked.done.wait()
 
     def gone(self, peer_id: str) -> None:
         """A peer has left or failed."""
@@ -235,29 +283,75 @@ class Dht:
         """Counts, for people and for `p2pnet dht stats`."""
         return self._core.stats() | self._counts
 
+    # What outlives a restart
+
+    @property
+    def changes(self) -> int:
+        """Grows with each change of what is kept for others."""
+        return self._core.local.store.changes + self._core.local.providers.changes
+
+    def held(self) -> Held:
+        """What is kept for others, for `snapshot.serialise`, which any thread may run."""
+        return self._core.held(self._now())
+
+    def restore(self, held: Held) -> None:
+        """Takes back what `snapshot.parse` gave; before `run`."""
+        self._core.restore(held, self._now())
+        self._alarm.set()
+
     # Effects
 
-    def _feed(self, event: ev.Event) -> None:
-        for effect in self._core.handle(event, self._now()):
-            match effect:
-                case ev.SendRequest():
-                    self._spawn(self._request, effect)
-                case ev.SendReply(request_id, message):
-                    self._replies[request_id] = message
-                case ev.Refuse(request_id, reason):
-                    self._replies[request_id] = MalformedError(reason)
-                case ev.Forget():
-                    pass  # out of the table; whether its connection is dead is the network's to say
-                case ev.OperationDone(op_id, result):
-                    waiting = self._waiting.get(op_id)
-                    if waiting is not None:
-                        waiting.result = result
-                        waiting.done.set()
-                case ev.Renew(key):
-                    self._spawn(self._renew, key)
+    def _feed(self, *events: ev.Event) -> None:
+        now = self._now()
+        requests: dict[str, list[ev.SendRequest]] = {}
+        for event in events:
+            for effect in self._core.handle(event, now):
+                if isinstance(effect, ev.SendRequest):
+                    requests.setdefault(effect.peer.peer_id, []).append(effect)
+                else:
+                    self._perform(effect)
+        for peer_id, together in requests.items():
+            self._send(peer_id, together)
+        for peer_id, checked in list(self._checking.items()):
+            if checked.fed and not self._core.checking(peer_id):
+                del self._checking[peer_id]
+                checked.done.set()
         deadline = self._core.deadline()
         if deadline is not None and (self._alarm_at is None or deadline < self._alarm_at):
             self._alarm.set()
+
+    def _perform(self, effect: ev.Effect) -> None:
+        match effect:
+            case ev.SendReply(request_id, message):
+                self._replies[request_id] = message
+            case ev.Refuse(request_id, reason):
+                self._replies[request_id] = MalformedError(reason)
+            case ev.OperationDone(op_id, result):
+                waiting = self._waiting.get(op_id)
+                if waiting is not None:
+                    waiting.result = result
+                    waiting.done.set()
+            case ev.Renew(key):
+                self._spawn(self._renew, key)
+            case _:
+                # Forget: out of the table; the network disconnects a peer that is silent.
+                pass
+
+    def _send(self, peer_id: str, requests: list[ev.SendRequest]) -> None:
+        """Several requests to one peer travel together, if it keeps records as we do."""
+        contact = self._core.local.table.get(peer_id)
+        batched: list[ev.SendRequest] = []
+        for request in requests:
+            if contact is None or not contact.holder or request.message.kind is Kind.ADD_PROVIDER:
+                self._spawn(self._request, request)
+            else:
+                batched.append(request)
+        for start in range(0, len(batched), wire.BATCH_MAX):
+            batch = batched[start : start + wire.BATCH_MAX]
+            if len(batch) == 1:
+                self._spawn(self._request, batch[0])
+            else:
+                self._spawn(self._request_batch, batch)
 
     def _spawn(self, task: Callable[..., Awaitable[None]], *arguments: object) -> None:
         if self._nursery is None:
@@ -283,6 +377,31 @@ class Dht:
 
         return await self._wait_for(begin)
 
+    async def _operate_many(
+        self, makes: Sequence[Callable[[int], ev.Operation]]
+    ) -> list[ev.Result]:
+        if self._nursery is None:
+            raise CancelledByUs("the DHT is not running")
+        waiting: dict[int, _Waiting] = {}
+        operations: list[ev.Operation] = []
+        for make in makes:
+            self._last_id += 1
+            waiting[self._last_id] = _Waiting()
+            operations.append(make(self._last_id))
+        self._waiting |= waiting
+        timeout_s = max((operation.timeout_s for operation in operations), default=0.0)
+        try:
+            self._feed(*operations)
+            with trio.move_on_after(timeout_s + _GRACE_S):
+                for each in waiting.values():
+                    await each.done.wait()
+        finally:
+            for op_id in waiting:
+                del self._waiting[op_id]
+        if self._nursery is None:
+            raise CancelledByUs("the DHT is shutting down")
+        return [each.result for each in waiting.values()]
+
     async def _wait_for(self, begin: Callable[[int], float]) -> ev.Result:
         """Waits for the operation that `begin` starts, for as many seconds as that returns."""
         if self._nursery is None:
@@ -302,45 +421,102 @@ class Dht:
         return waiting.result
 
     async def _request(self, effect: ev.SendRequest) -> None:
-        peer_id, kind = effect.peer.peer_id, effect.message.kind
-        wants_reply = kind is not Kind.ADD_PROVIDER
+        wants_reply = effect.message.kind is not Kind.ADD_PROVIDER
         event: ev.Event
-        self._counts["requests_sent"] += 1
         try:
-            data = await self._network.request(
-                peer_id,
-                self._protocol,
-                wire.serialise(self._with_us(effect.message)),
-                timeout_s=effect.timeout_s,
-                addrs=effect.peer.addrs,
-                wants_reply=wants_reply,
+            data = await self._ask(
+                [effect], self._protocol, wire.serialise(self._with_us(effect.message))
             )
             message = wire.parse(data) if wants_reply else None
-            spoken = await self._network.protocols(peer_id, timeout_s=effect.timeout_s)
+            event = await self._arrived(effect, message)
         except RemoteError as error:
-            _log.debug("%s to peer %s: %s", kind.name, peer_id, error)
-            self._counts["requests_failed"] += 1
-            event = ev.RequestFailed(effect.rpc_id)
-        else:
-            holder = RECORD_PROTOCOL in spoken
-            event = ev.ReplyArrived(effect.rpc_id, message, holder, self._wall_ms())
+            event = self._no_answer(effect, error)
         self._feed(event)
+
+    async def _request_batch(self, effects: list[ev.SendRequest]) -> None:
+        events: list[ev.Event] = []
+        rest: list[ev.SendRequest] = []
+        try:
+            batch = wire.serialise_batch([self._with_us(effect.message) for effect in effects])
+            if len(batch) > MESSAGE_BYTES_MAX:
+                for effect in effects:
+                    self._spawn(self._request, effect)
+                return
+            replies = wire.parse_batch(await self._ask(effects, RECORD_PROTOCOL, batch))
+            if len(replies) > len(effects):
+                raise MalformedError("a batch with more replies than requests")
+        except RemoteError as error:
+            events += [self._no_answer(effect, error) for effect in effects]
+        else:
+            # What would have made the reply too large is asked for by itself.
+            rest = effects[len(replies) :]
+            for effect, data in zip(effects, replies, strict=False):
+                try:
+                    events.append(await self._arrived(effect, wire.parse(data)))
+                except RemoteError as error:
+                    events.append(self._no_answer(effect, error))
+        self._feed(*events)
+        for effect in rest:
+            self._spawn(self._request, effect)
+
+    async def _ask(self, effects: list[ev.SendRequest], protocol: str, data: bytes) -> bytes:
+        peer = effects[0].peer
+        self._counts["requests_sent"] += 1
+        try:
+            return await self._network.request(
+                peer.peer_id,
+                protocol,
+                data,
+                timeout_s=effects[0].timeout_s,
+                addrs=peer.addrs,
+                wants_reply=effects[0].message.kind is not Kind.ADD_PROVIDER,
+            )
+        except RemoteError:
+            self._counts["requests_failed"] += 1
+            raise
+
+    async def _arrived(self, effect: ev.SendRequest, message: Message | None) -> ev.ReplyArrived:
+        peer_id = effect.peer.peer_id
+        spoken = await self._network.protocols(peer_id, timeout_s=effect.timeout_s)
+        holder, addr = RECORD_PROTOCOL in spoken, self._network.seen_at(peer_id)
+        return ev.ReplyArrived(effect.rpc_id, message, holder, self._wall_ms(), addr)
+
+    def _no_answer(self, effect: ev.SendRequest, error: RemoteError) -> ev.RequestFailed:
+        _log.debug("%s to peer %s: %s", effect.message.kind.name, effect.peer.peer_id, error)
+        return ev.RequestFailed(effect.rpc_id)
 
     async def _serve(self, peer_id: str, data: bytes) -> bytes | None:
         """Answers a request; None where the protocol has no answer."""
+        reply = self._answer(peer_id, wire.parse(data))
+        return None if reply is None else wire.serialise(reply)
+
+    async def _serve_batch(self, peer_id: str, data: bytes) -> bytes | None:
+        """Answers several requests; the replies after those that fit are left out."""
+        replies: list[bytes] = []
+        size_bytes = 0
+        for request in wire.parse_batch(data):
+            reply = await self._serve(peer_id, request) or b""
+            size_bytes += len(reply) + wire.BATCH_ENTRY_BYTES
+            if replies and size_bytes > MESSAGE_BYTES_MAX:
+                break
+            replies.append(reply)
+            await trio.lowlevel.checkpoint()
+        return wire.join_batch(replies)
+
+    def _answer(self, peer_id: str, message: Message) -> Message | None:
         if self._nursery is None:
             raise CancelledByUs("the DHT is shutting down")
-        message = wire.parse(data)
         self._last_id += 1
         request_id = self._last_id
-        self._feed(ev.RequestArrived(request_id, peer_id, message, self._wall_ms()))
+        addr = self._network.seen_at(peer_id)
+        self._feed(ev.RequestArrived(request_id, peer_id, message, self._wall_ms(), addr))
         reply = self._replies.pop(request_id)
         if isinstance(reply, MalformedError):
             raise reply
         self._counts["requests_answered"] += 1
         addrs = [peer.addrs for peer in message.closer[:1] if peer.peer_id == peer_id]
         self._consider(peer_id, addrs[0] if addrs else ())
-        return None if reply is None else wire.serialise(self._with_us(reply, asks=False))
+        return None if reply is None else self._with_us(reply, asks=False)
 
     async def _renew(self, key: bytes) -> None:
         make = self._makers.get(key)
@@ -358,7 +534,7 @@ class Dht:
             and peer_id not in self._checking
             and len(self._checking) < _CHECKS_MAX
         ):
-            self._checking[peer_id] = trio.Event()
+            self._checking[peer_id] = _Check()
             self._spawn(self._check, peer_id, addrs)
 
     async def _check(self, peer_id: str, addrs: tuple[str, ...]) -> None:
@@ -368,12 +544,16 @@ class Dht:
                     await self._network.connect(peer_id, addrs, timeout_s=_CHECK_TIMEOUT_S)
                 spoken = await self._network.protocols(peer_id, timeout_s=_CHECK_TIMEOUT_S)
             if spoken:
+                addrs = addrs or self._network.listen_addrs(peer_id)[: wire.ADDRS_MAX]
                 server, holder = self._protocol in spoken, RECORD_PROTOCOL in spoken
-                self._feed(ev.PeerSeen(peer_id, addrs, server, holder))
+                addr = self._network.seen_at(peer_id)
+                self._checking[peer_id].fed = True
+                self._feed(ev.PeerSeen(peer_id, addrs, server, holder, addr))
         except RemoteError as error:
             _log.debug("peer %s: %s", peer_id, error)
         finally:
-            self._checking.pop(peer_id).set()
+            if peer_id in self._checking and not self._checking[peer_id].fed:
+                self._checking.pop(peer_id).done.set()
 
     # Ourselves
 
@@ -387,6 +567,13 @@ class Dht:
             ours if peer.peer_id == ours.peer_id else peer for peer in message.providers
         )
         closer = (ours,) if asks and self._server else message.closer
+        if (
+            not asks
+            and message.kind is Kind.FIND_NODE
+            and message.key == peer_id_bytes(ours.peer_id)
+        ):
+            # go-libp2p takes into its table only who names itself when asked for itself.
+            closer = (ours, *closer[: wire.PEERS_MAX - 1])
         return replace(message, closer=closer, providers=providers)
 
     def _open(self, signed: common_pb2.Signed) -> OpenRecord:

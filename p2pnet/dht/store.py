@@ -1,31 +1,60 @@
-"""What a peer keeps for others: signed records, and hints of providers. Pure.
+"""What a peer keeps for others: signed records. Pure.
 
-Both are bounded in every direction, since anybody may put anything that is
-signed. Where there are too many keys, those farthest from us give way: other
-peers are nearer to them.
+Bounded in every direction, since anybody may put anything that is signed. Each
+record is charged to the *source* that it first came from, an IP group. Where there
+is too much, the source that has the most gives way, and of its records the one
+farthest from us: other peers are nearer to it.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from p2pnet.dht.hints import PROVIDER_LIFE_S, PROVIDERS_MAX, ProviderStore
 from p2pnet.dht.keyspace import position
 from p2pnet.dht.records import AUTHORS_MAX, OpenRecord, merge
-from p2pnet.net.network import PeerInfo
+from p2pnet.dht.shares import Shares
 
-RECORD_KEYS_MAX = 4096
+__all__ = ["PROVIDERS_MAX", "PROVIDER_LIFE_S", "Mark", "ProviderStore", "RecordStore"]
+
+RECORDS_MAX = 16384
 AUTHOR_BYTES_MAX = 4 << 20
 TOTAL_BYTES_MAX = 64 << 20
 MARKS_MAX = 16384
-PROVIDER_KEYS_MAX = 4096
-PROVIDERS_MAX = 32  # of one key
-PROVIDER_LIFE_S = 30 * 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """The rank of the newest record that was held of an author, and is no longer.
+
+    `age_s`: how old that record would be by now.
+    """
+
+    key: bytes
+    author: str
+    epoch: int
+    sequence: int
+    age_s: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Past:
+    rank: tuple[int, int]
+    born: float
+
+
+_NEVER = _Past((-1, -1), math.inf)
 
 
 @dataclass(slots=True)
 class _Entry:
     record: OpenRecord
     born: float  # `now` minus the age that it came with
+    source: str
 
 
 class RecordStore:
@@ -35,23 +64,26 @@ class RecordStore:
         self,
         own_position: int,
         *,
-        keys_max: int = RECORD_KEYS_MAX,
+        records_max: int = RECORDS_MAX,
         author_bytes_max: int = AUTHOR_BYTES_MAX,
         total_bytes_max: int = TOTAL_BYTES_MAX,
         marks_max: int = MARKS_MAX,
     ) -> None:
         self._own = own_position
-        self._keys_max = keys_max
+        self._records_max = records_max
         self._author_bytes_max = author_bytes_max
         self._total_bytes_max = total_bytes_max
-        self._marks_max = marks_max
         self._entries: dict[bytes, dict[str, _Entry]] = {}
-        self._author_bytes: dict[str, int] = {}
+        # Per source, how far each of its records is from us.
+        self._of_source: dict[str, dict[tuple[bytes, str], int]] = {}
+        self._source_bytes: Counter[str] = Counter()
+        self._author_bytes: Counter[str] = Counter()
         self._total_bytes = 0
         self._size = 0
-        # The highest (epoch, sequence) met, beyond expiry: an expired record must
-        # not come back as young. The oldest marks go first.
-        self._marks: dict[tuple[bytes, str], tuple[int, int]] = {}
+        # The highest (epoch, sequence) met of what is held no longer, and since when it
+        # was: an expired record must not come back as young, nor an older one at all.
+        self._marks: Shares[tuple[bytes, str], _Past] = Shares(marks_max)
+        self.changes = 0  # how often anything did
 
     @property
     def size_bytes(self) -> int:
@@ -65,46 +97,77 @@ class RecordStore:
     def __len__(self) -> int:
         return self._size
 
-    def put(self, record: OpenRecord, now: float) -> bool:
-        """Takes a checked record; True where exactly it is held afterwards.
+    def put(self, record: OpenRecord, now: float, source: str = "") -> bool:
+        """Takes a checked record from a source; True where exactly it is held afterwards.
 
         A copy of the record that is held changes nothing, whatever age it claims: who
         passes copies on can neither revive it nor make it expire.
         """
+        at = (record.key, record.author)
         held = self._entries.get(record.key, {}).get(record.author)
         if held is not None:
             if record.rank == held.record.rank:
-                return True
+                return held.born + record.ttl_s > now
             if record.rank < held.record.rank:
                 return False
-        elif (record.epoch, record.sequence) <= self._marks.get(
-            (record.key, record.author), (-1, -1)
-        ):
+            source = held.source  # as in `Shares.put`
+            if (record.epoch, record.sequence) == (held.record.epoch, held.record.sequence):
+                # An author's contradicting twin must not be younger, either.
+                record = replace(record, age_s=max(record.age_s, now - held.born))
+        sifted = self.sift([record], now)
+        if not sifted or not self._make_room(record, held, source):
             return False
-        if record.expires_in_s <= 0 or not self._make_room(record, held):
-            return False
+        born = now - sifted[0].age_s
         if held is not None:
-            self._remove(record.key, record.author)
-        # The signed age bounds what the passer-on says: a copy of an author's
-        # contradicting twin must not be younger than what it replaces.
-        born = now - record.age_s
-        if held is not None and (record.epoch, record.sequence) == (
-            held.record.epoch,
-            held.record.sequence,
-        ):
-            born = min(born, held.born)
-        self._entries.setdefault(record.key, {})[record.author] = _Entry(record, born)
-        self._count(record, +1)
-        self._mark(record)
+            self._remove(*at)
+        self._marks.pop(at)
+        self._add(_Entry(record, born, source))
         return True
+
+    def sift(self, records: Iterable[OpenRecord], now: float) -> list[OpenRecord]:
+        """Of checked records that others passed on, those that live by what we remember.
+
+        Without those older than what was once held here, and none of them younger
+        than it was here.
+        """
+        good: list[OpenRecord] = []
+        for record in records:
+            past = self._marks.get((record.key, record.author)) or _NEVER
+            if (record.epoch, record.sequence) == past.rank:
+                record = replace(record, age_s=max(record.age_s, now - past.born))
+            if (record.epoch, record.sequence) >= past.rank and 0 <= record.age_s < record.ttl_s:
+                good.append(record)
+        return good
 
     def get(self, key: bytes, now: float) -> list[OpenRecord]:
         """What is held under a key, newest first, each with the age that it has by now."""
-        aged = (
-            replace(entry.record, age_s=max(0.0, now - entry.born))
-            for entry in self._entries.get(key, {}).values()
-        )
+        aged = (_aged(entry, now) for entry in self._entries.get(key, {}).values())
         return merge(record for record in aged if record.expires_in_s > 0)
+
+    def held(self, now: float) -> list[tuple[OpenRecord, str]]:
+        """All that lives, with its age and source; the nearest to us first.
+
+        What does not is dropped, so that `marks` has it.
+        """
+        self.expire(now)
+        all_of = [entry for entries in self._entries.values() for entry in entries.values()]
+        all_of.sort(key=lambda e: (self._distance(e.record.key), e.record.author))
+        return [(_aged(entry, now), entry.source) for entry in all_of]
+
+    def marks(self, now: float) -> list[Mark]:
+        """What is remembered of records held no longer, the oldest first."""
+        return [
+            Mark(key, author, *past.rank, max(0.0, now - past.born), source)
+            for (key, author), past, source in self._marks.items()
+        ]
+
+    def remember(self, mark: Mark, now: float) -> None:
+        """Takes a mark from before a restart."""
+        at, rank = (mark.key, mark.author), (mark.epoch, mark.sequence)
+        known = (self._marks.get(at) or _NEVER).rank
+        if rank > known and mark.author not in self._entries.get(mark.key, {}):
+            self.changes += 1
+            self._marks.put(at, _Past(rank, now - mark.age_s), mark.source)
 
     def expire(self, now: float) -> None:
         """Drops what has had its time."""
@@ -115,110 +178,108 @@ class RecordStore:
             if entry.born + entry.record.ttl_s <= now
         ]
         for key, author in over:
-            self._remove(key, author)
+            self._give_up(key, author)
 
     def check(self) -> None:
         """Raises AssertionError if an invariant does not hold."""
-        records = [e.record for entries in self._entries.values() for e in entries.values()]
-        assert self._total_bytes == sum(r.size_bytes for r in records) <= self._total_bytes_max
-        assert self._size == len(records)
-        for author, size_bytes in self._author_bytes.items():
-            held = sum(r.size_bytes for r in records if r.author == author)
-            assert 0 < size_bytes == held <= self._author_bytes_max
-        assert len(self._entries) <= self._keys_max
-        assert len(self._marks) <= self._marks_max
+        self._marks.check()
+        authors: Counter[str] = Counter()
+        sources: Counter[str] = Counter()
+        size = 0
         for key, entries in self._entries.items():
             assert 0 < len(entries) <= AUTHORS_MAX
-            assert all(e.record.key == key and e.record.author == a for a, e in entries.items())
+            for author, entry in entries.items():
+                assert (entry.record.key, entry.record.author) == (key, author)
+                assert (key, author) in self._of_source[entry.source]
+                assert (key, author) not in self._marks
+                authors[author] += entry.record.size_bytes
+                sources[entry.source] += entry.record.size_bytes
+                size += 1
+        assert self._size == size == sum(map(len, self._of_source.values())) <= self._records_max
+        assert self._author_bytes == authors
+        assert self._source_bytes == sources
+        assert self._total_bytes == sources.total() <= self._total_bytes_max
+        assert max(authors.values(), default=0) <= self._author_bytes_max
 
-    def _make_room(self, record: OpenRecord, replaced: _Entry | None) -> bool:
+    def _make_room(self, record: OpenRecord, replaced: _Entry | None, source: str) -> bool:
         """Whether the record fits within every bound, after others gave way to it."""
-        freed = replaced.record.size_bytes if replaced else 0
-        needed = record.size_bytes - freed
-        if self._author_bytes.get(record.author, 0) + needed > self._author_bytes_max:
+        needed = record.size_bytes - (replaced.record.size_bytes if replaced else 0)
+        if self._author_bytes[record.author] + needed > self._author_bytes_max:
             return False
-        if replaced is None and len(self._entries.get(record.key, ())) >= AUTHORS_MAX:
+        if replaced is None and not self._make_room_under(record.key, source):
             return False
         while self._total_bytes + needed > self._total_bytes_max or (
-            record.key not in self._entries and len(self._entries) >= self._keys_max
+            replaced is None and self._size >= self._records_max
         ):
-            farthest = max(self._entries, key=self._distance, default=None)
-            if farthest is None or self._distance(record.key) >= self._distance(farthest):
+            largest = max(self._of_source, key=lambda s: self._source_bytes[s], default=source)
+            if self._source_bytes[largest] <= self._source_bytes[source] + needed:
+                largest = source
+            of_largest = self._of_source.get(largest, {})
+            farthest = max(of_largest, key=lambda at: (of_largest[at], at), default=None)
+            if farthest is None or (
+                largest == source and self._distance(record.key) >= of_largest[farthest]
+            ):
                 return False
-            for author in list(self._entries[farthest]):
-                self._remove(farthest, author)
+            self._give_up(*farthest)
+        return True
+
+    def _make_room_under(self, key: bytes, source: str) -> bool:
+        """Whether one more author fits under a key, after the latest of a source gave way.
+
+        Newcomers displace nobody, but for a source that has taken more places than
+        it would then leave to this one.
+        """
+        entries = self._entries.get(key, {})
+        if len(entries) < AUTHORS_MAX:
+            return True
+        places = Counter(entry.source for entry in entries.values())
+        greedy, taken = max(places.items(), key=lambda item: item[1])
+        if taken < places[source] + 2:
+            return False
+        self._give_up(key, [a for a, entry in entries.items() if entry.source == greedy][-1])
         return True
 
     def _distance(self, key: bytes) -> int:
         return position(key) ^ self._own
 
-    def _remove(self, key: bytes, author: str) -> None:
+    def _give_up(self, key: bytes, author: str) -> None:
+        """Holds a record no longer, and remembers its rank."""
+        entry = self._remove(key, author)
+        rank = (entry.record.epoch, entry.record.sequence)
+        self._marks.put((key, author), _Past(rank, entry.born), entry.source)
+
+    def _add(self, entry: _Entry) -> None:
+        record = entry.record
+        at = (record.key, record.author)
+        self._entries.setdefault(record.key, {})[record.author] = entry
+        self._of_source.setdefault(entry.source, {})[at] = self._distance(record.key)
+        self._count(entry, +1)
+
+    def _remove(self, key: bytes, author: str) -> _Entry:
         entries = self._entries[key]
-        self._count(entries.pop(author).record, -1)
+        entry = entries.pop(author)
         if not entries:
             del self._entries[key]
+        of_source = self._of_source[entry.source]
+        del of_source[key, author]
+        if not of_source:
+            del self._of_source[entry.source]
+        self._count(entry, -1)
+        return entry
 
-    def _count(self, record: OpenRecord, sign: int) -> None:
-        size_bytes = sign * record.size_bytes
+    def _count(self, entry: _Entry, sign: int) -> None:
+        self.changes += 1
+        size_bytes = sign * entry.record.size_bytes
         self._total_bytes += size_bytes
         self._size += sign
-        left = self._author_bytes.get(record.author, 0) + size_bytes
-        if left:
-            self._author_bytes[record.author] = left
-        else:
-            del self._author_bytes[record.author]
-
-    def _mark(self, record: OpenRecord) -> None:
-        self._marks.pop((record.key, record.author), None)
-        if len(self._marks) >= self._marks_max:
-            del self._marks[next(iter(self._marks))]
-        self._marks[record.key, record.author] = (record.epoch, record.sequence)
+        for counts, name in (
+            (self._author_bytes, entry.record.author),
+            (self._source_bytes, entry.source),
+        ):
+            counts[name] += size_bytes
+            if not counts[name]:
+                del counts[name]
 
 
-class ProviderStore:
-    """Who says that it provides a key: unsigned hints with a short life."""
-
-    def __init__(
-        self, *, keys_max: int = PROVIDER_KEYS_MAX, life_s: float = PROVIDER_LIFE_S
-    ) -> None:
-        self._keys_max = keys_max
-        self._life_s = life_s
-        self._providers: dict[bytes, dict[str, tuple[PeerInfo, float]]] = {}
-
-    def __len__(self) -> int:
-        return len(self._providers)
-
-    def add(self, key: bytes, provider: PeerInfo, now: float) -> None:
-        """Takes a hint; where a key or the store is full, the oldest hint goes."""
-        of_key = self._providers.pop(key, {})
-        of_key.pop(provider.peer_id, None)
-        if len(of_key) >= PROVIDERS_MAX:
-            del of_key[next(iter(of_key))]
-        if len(self._providers) >= self._keys_max:
-            del self._providers[next(iter(self._providers))]
-        of_key[provider.peer_id] = (provider, now + self._life_s)
-        self._providers[key] = of_key
-
-    def get(self, key: bytes, now: float) -> list[PeerInfo]:
-        """Who provides a key, the latest to say so first."""
-        of_key = self._providers.get(key, {})
-        return [peer for peer, until in reversed(list(of_key.values())) if until > now]
-
-    def remove(self, key: bytes, peer_id: str) -> None:
-        """A peer provides a key no more."""
-        of_key = self._providers.get(key, {})
-        of_key.pop(peer_id, None)
-        if not of_key:
-            self._providers.pop(key, None)
-
-    def expire(self, now: float) -> None:
-        """Drops what has had its time."""
-        for key in list(self._providers):
-            for peer_id, (_, until) in list(self._providers[key].items()):
-                if until <= now:
-                    self.remove(key, peer_id)
-
-    def check(self) -> None:
-        """Raises AssertionError if an invariant does not hold."""
-        assert len(self._providers) <= self._keys_max
-        assert all(0 < len(of_key) <= PROVIDERS_MAX for of_key in self._providers.values())
+def _aged(entry: _Entry, now: float) -> OpenRecord:
+    return replace(entry.record, age_s=max(0.0, now - entry.born))

@@ -26,10 +26,18 @@ _REPUBLISH_AT_ONCE = 4
 REFRESH_BITS_MAX = 8
 
 
+# A record of ours is read back a moment after it was put, and put again where it
+# is not found, but not for ever: it will be renewed anyway.
+READ_BACK_S = 2.0
+_READ_BACKS_MAX = 3
+
+
 @dataclass(slots=True)
 class _Kept:
     record: OpenRecord
     renew_at: float
+    read_back_at: float | None = None
+    misplaced: int = 0
 
 
 class Upkeep:
@@ -47,7 +55,10 @@ class Upkeep:
     def deadline(self) -> float | None:
         """When something is due next."""
         times = [t for t in (self._refresh_at, self._expire_at) if t is not None]
-        times += [kept.renew_at for kept in self._kept.values()]
+        for kept in self._kept.values():
+            times.append(kept.renew_at)
+            if kept.read_back_at is not None:
+                times.append(kept.read_back_at)
         times += self._provided.values()
         times += self._held.values()
         return min(times, default=None)
@@ -90,6 +101,35 @@ class Upkeep:
         kept = self._kept.get(key)
         if kept is not None:
             kept.renew_at = min(kept.renew_at, now + RETRY_S)
+
+    def placed(self, key: bytes, now: float) -> None:
+        """It was put: to be read back soon."""
+        kept = self._kept.get(key)
+        if kept is not None:
+            kept.read_back_at = now + READ_BACK_S * self._rng.uniform(0.5, 1.5)
+
+    def read_backs_due(self, now: float) -> list[OpenRecord]:
+        """The records of ours to be looked for now."""
+        due = [
+            k for k in self._kept.values() if k.read_back_at is not None and k.read_back_at <= now
+        ]
+        for kept in due:
+            kept.read_back_at = None
+        return [kept.record for kept in due]
+
+    def read_back(self, key: bytes) -> None:
+        """It was found."""
+        kept = self._kept.get(key)
+        if kept is not None:
+            kept.misplaced = 0
+
+    def misplaced(self, key: bytes, now: float) -> bool:
+        """It was not found where it was put; whether to put it again now."""
+        kept = self._kept.get(key)
+        if kept is None or kept.misplaced >= _READ_BACKS_MAX:
+            return False
+        kept.misplaced += 1
+        return True
 
     def renewals_due(self, now: float) -> list[bytes]:
         """The keys whose record wants a new signature; asked for again soon if none comes."""

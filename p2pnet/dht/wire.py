@@ -1,30 +1,36 @@
 """kad-dht messages between bytes and plain values. Pure.
 
 The format is that of github.com/libp2p/specs/tree/master/kad-dht. Everything
-is bounded before it is kept: what a peer sends over a limit is refused whole,
-except for addresses that we cannot read, which are left out.
+is bounded before it is kept: what a peer sends over a limit is refused whole, but
+long lists of peers are cut, and addresses that we cannot read are left out.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
-from p2pnet.dht.addrs import decode_addr, encode_addr
 from p2pnet.errors import MalformedError
 from p2pnet.keys import peer_id_bytes, peer_id_from_bytes
+from p2pnet.net import multiaddr
 from p2pnet.net.network import PeerInfo
 from p2pnet.v1 import kad_pb2 as pb
 
-KEY_BYTES_MAX = 50
-PEERS_MAX = 20
+KEY_BYTES_MAX = 80  # as go-libp2p has it; ours have 34 bytes
+PEERS_MAX = 20  # in a list of ours
 ADDRS_MAX = 16
 VALUE_BYTES_MAX = 256 << 10
+BATCH_MAX = 32  # messages in a batch
+BATCH_ENTRY_BYTES = 8  # what framing adds to each
 # A public go-libp2p peer can list more addresses than we keep (transports times
 # relays), so that only a list beyond reason refuses the message.
 _ADDRS_SENT_MAX = 64
+# Stock peers put whom one seeks beside the 20 nearest, at the end too, and list
+# every provider that they know.
+_PEERS_READ_MAX = 32
 _MESSAGE_BYTES_MAX = 1 << 20
 
 
@@ -97,15 +103,40 @@ def parse(data: bytes) -> Message:
         if len(message.record.value) > VALUE_BYTES_MAX:
             raise MalformedError(f"a value of {len(message.record.value)} bytes")
         value = message.record.value
-    if max(len(message.closer_peers), len(message.provider_peers)) > PEERS_MAX:
-        raise MalformedError(f"a kad-dht message with over {PEERS_MAX} peers")
     return Message(
         kind=kind,
         key=message.key,
         value=value,
-        closer=tuple(map(_peer_from_wire, message.closer_peers)),
-        providers=tuple(map(_peer_from_wire, message.provider_peers)),
+        closer=tuple(map(_peer_from_wire, message.closer_peers[:_PEERS_READ_MAX])),
+        providers=tuple(map(_peer_from_wire, message.provider_peers[:_PEERS_READ_MAX])),
     )
+
+
+def serialise_batch(messages: Sequence[Message]) -> bytes:
+    """Several requests to one peer that keeps records, in one; see `BATCH_MAX`."""
+    return join_batch([serialise(message) for message in messages])
+
+
+def join_batch(messages: Sequence[bytes]) -> bytes:
+    """Serialised messages as one batch."""
+    return pb.KadBatch(messages=messages).SerializeToString()
+
+
+def parse_batch(data: bytes) -> list[bytes]:
+    """The messages in a batch, each still to be parsed.
+
+    Raises:
+        MalformedError: not a batch, or over a limit.
+    """
+    if len(data) > _MESSAGE_BYTES_MAX:
+        raise MalformedError(f"a batch of {len(data)} bytes")
+    try:
+        messages = list(pb.KadBatch.FromString(data).messages)
+    except DecodeError:
+        raise MalformedError("not a batch of kad-dht messages") from None
+    if not 0 < len(messages) <= BATCH_MAX:
+        raise MalformedError(f"a batch of {len(messages)} messages, not of 1 to {BATCH_MAX}")
+    return messages
 
 
 def _check_key(key: bytes) -> None:
@@ -117,7 +148,7 @@ def _peer_to_wire(peer: PeerInfo) -> pb.KadMessage.Peer:
     addrs: list[bytes] = []
     for addr in peer.addrs[:ADDRS_MAX]:
         try:
-            addrs.append(encode_addr(addr))
+            addrs.append(multiaddr.encode(addr))
         except MalformedError:
             continue
     return pb.KadMessage.Peer(id=peer_id_bytes(peer.peer_id), addrs=addrs)
@@ -127,13 +158,4 @@ def _peer_from_wire(peer: pb.KadMessage.Peer) -> PeerInfo:
     peer_id = peer_id_from_bytes(peer.id)
     if len(peer.addrs) > _ADDRS_SENT_MAX:
         raise MalformedError(f"a peer with {len(peer.addrs)} addresses")
-    addrs: list[str] = []
-    for raw in peer.addrs:
-        try:
-            addr = decode_addr(raw)
-        except MalformedError:
-            continue
-        addr = addr.removesuffix(f"/p2p/{peer_id}")
-        if addr and addr not in addrs:
-            addrs.append(addr)
-    return PeerInfo(peer_id, tuple(addrs[:ADDRS_MAX]))
+    return PeerInfo(peer_id, multiaddr.readable(peer.addrs, peer_id, ADDRS_MAX))

@@ -10,6 +10,7 @@ import logging
 import socket
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import trio
@@ -61,6 +62,14 @@ class Muxed(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a peer says of itself: what it speaks, and where it listens."""
+
+    protocols: tuple[str, ...]
+    addrs: tuple[str, ...]
+
+
 class Connection:
     """A connection and what is going on over it."""
 
@@ -74,7 +83,7 @@ class Connection:
         self.answering = 0  # streams that the peer opened
         self.asking = 0  # requests of ours under way
         self.used_at = trio.current_time()
-        self.protocols: tuple[str, ...] | None = None  # what the peer says that it speaks
+        self.identity: Identity | None = None  # what the peer says of itself
         self._pools: dict[str, Pool] = {}
 
     def pool(self, protocol: str) -> Pool:

@@ -34,7 +34,7 @@ from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
 from p2pnet.errors import MalformedError, RemoteError, UnreachableError
 from p2pnet.keys import KeyPair, public_key_of, short
 from p2pnet.net import multiaddr
-from p2pnet.net.connections import Connection
+from p2pnet.net.connections import Connection, Identity
 from p2pnet.net.network import MESSAGE_BYTES_MAX
 from p2pnet.net.streams import Conversation, propose
 from p2pnet.net.swarm import Swarm
@@ -46,6 +46,7 @@ _READ_BYTES = 64 * 1024
 _FRAME_WRITE_S = 10.0  # a peer that takes no frame for so long is gone
 _BUFFER_BYTES_MAX = 4 * MESSAGE_BYTES_MAX  # received on a connection and not yet read
 _IDENTIFY_S = 10.0
+_ADDRS_MAX = 16  # a peer's, of those that it names
 _PING_BYTES = 32
 _AGENT = "p2pnet"
 _IDENTIFY = "/ipfs/id/1.0.0"
@@ -203,13 +204,18 @@ class Libp2pNetwork(Swarm):
         connection = self._connections.best(peer_id)
         if connection is None:
             return ()
-        if connection.protocols is None:
+        if connection.identity is None:
             with trio.move_on_after(timeout_s):
                 try:
-                    connection.protocols = await _ask_identify(connection)
+                    connection.identity = await _ask_identify(connection)
                 except RemoteError as error:
                     _log.debug("peer %s does not identify itself: %s", short(peer_id), error)
-        return connection.protocols or ()
+        return connection.identity.protocols if connection.identity else ()
+
+    def listen_addrs(self, peer_id: str) -> tuple[str, ...]:
+        """Where a connected peer says that it listens; see `Network.listen_addrs`."""
+        connection = self._connections.best(peer_id)
+        return connection.identity.addrs if connection and connection.identity else ()
 
     def serve_libp2p(self) -> None:
         """Answers what any libp2p peer asks (github.com/libp2p/specs: identify, ping)."""
@@ -229,16 +235,18 @@ class Libp2pNetwork(Swarm):
         await talk.stream.write(frame(message.SerializeToString()))
 
 
-async def _ask_identify(connection: Connection) -> tuple[str, ...]:
+async def _ask_identify(connection: Connection) -> Identity:
     stream = await connection.muxed.open_stream()
     try:
         talk = await propose(stream, _IDENTIFY)
         data = await talk.message(_IDENTIFY_S)
-        return tuple(sorted(set(Identify.FromString(data or b"").protocols)))
+        message = Identify.FromString(data or b"")
     except DecodeError:
         raise MalformedError("not an identify message") from None
     finally:
         await stream.reset()
+    addrs = multiaddr.readable(message.listen_addrs, connection.peer_id, _ADDRS_MAX)
+    return Identity(tuple(sorted(set(message.protocols))), addrs)
 
 
 async def _echo(talk: Conversation, peer_id: str) -> None:

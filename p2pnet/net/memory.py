@@ -186,7 +186,10 @@ class MemoryNetwork:
             raise UnreachableError("a node does not connect to itself")
         with trio.move_on_after(timeout_s):
             for addr in addrs or self._known_addrs.get(peer_id, ()):
-                there = self._fabric._at(multiaddr.parse(addr).where)
+                try:
+                    there = self._fabric._at(multiaddr.parse(addr).where)
+                except MalformedError:
+                    continue  # one of another transport
                 if there is None or there.peer_id != peer_id:
                     continue
                 await self._pass(peer_id)
@@ -218,6 +221,12 @@ class MemoryNetwork:
             await self._pass(peer_id)
             spoken += self._fabric._peer(self, peer_id)._handlers
         return tuple(sorted(spoken))
+
+    def listen_addrs(self, peer_id: str) -> tuple[str, ...]:
+        """Where a connected peer listens."""
+        if not self._fabric._is_linked(self._peer_id, peer_id):
+            return ()
+        return self._fabric._peers[peer_id].addrs()
 
     async def _exchange(
         self, peer_id: str, protocol: str, message: bytes, wants_reply: bool

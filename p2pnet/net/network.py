@@ -57,7 +57,8 @@ class Network(Protocol):
         addrs: Sequence[str] = (),
         wants_reply: bool = True,
     ) -> bytes:
-        """Sends one message and returns the reply (b"" if `wants_reply` is False).
+        """Sends one message and returns the reply (b"", once the message was read, if
+        `wants_reply` is False).
 
         Connects first if need be, to `addrs` or to where the peer was last reached.
         On the wire a message follows its length as a varint.
@@ -103,4 +104,11 @@ class Network(Protocol):
 
     async def protocols(self, peer_id: str, *, timeout_s: float) -> tuple[str, ...]:
         """What a peer says that it speaks (libp2p's identify), sorted; empty if unknown."""
+        ...
+
+    def listen_addrs(self, peer_id: str) -> tuple[str, ...]:
+        """Where a connected peer says that it listens, without /p2p/, those of TCP first.
+
+        Empty where that is unknown: until `protocols` has asked it, and for a client.
+        """
         ...

@@ -203,29 +203,29 @@ class Pool:
             UnreachableError: the stream ended before the reply.
             MalformedError: the reply is too large, or the protocol not spoken.
         """
-        while self._idle:
+        while self._idle and wants_reply:
             talk = self._idle.pop()
             if not talk.stream.usable():
                 await talk.stream.reset()
                 continue
             try:
                 await talk.stream.write(frame(message))
-                return await self._reply(talk, wants_reply)
+                return await self._reply(talk)
             except UnreachableError:
                 break
         stream = await self._open_stream()
         try:
             talk = await propose(stream, self._protocol, frame(message))
+            if not wants_reply:
+                return await _end(talk)
         except BaseException:
             await stream.reset()
             raise
-        return await self._reply(talk, wants_reply)
+        return await self._reply(talk)
 
-    async def _reply(self, talk: Conversation, wants_reply: bool) -> bytes:
-        reply: bytes | None = b""
+    async def _reply(self, talk: Conversation) -> bytes:
         try:
-            if wants_reply:
-                reply = await talk.message(float("inf"))  # the caller has the deadline
+            reply = await talk.message(float("inf"))  # the caller has the deadline
         except BaseException:
             await talk.stream.reset()
             raise
@@ -234,6 +234,19 @@ class Pool:
             raise UnreachableError("the peer ended the stream without a reply")
         self._idle.append(talk)
         return reply
+
+
+async def _end(talk: Conversation) -> bytes:
+    """Ends a stream whose one message wants no reply, and waits until the peer has done so.
+
+    That tells that the message was read. The stream cannot be kept: some peers answer
+    all the same (py-libp2p echoes an ADD_PROVIDER), and that is not the next reply.
+    """
+    await talk.stream.close()
+    while await talk.stream.read():
+        pass
+    await talk.stream.reset()
+    return b""
 
 
 def _framed(line: str) -> bytes:

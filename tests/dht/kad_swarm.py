@@ -16,6 +16,7 @@ from p2pnet.dht import events as ev
 from p2pnet.dht import wire as kad_wire
 from p2pnet.dht.core import Kademlia
 from p2pnet.dht.keyspace import peer_position, position
+from p2pnet.dht.routing import Contact
 from p2pnet.dht.wire import Message
 
 
@@ -67,14 +68,19 @@ class Swarm:
     def acquaint(self, each: int) -> None:
         """Everybody knows `each` others, and those numerically nearest to it."""
         for peer_id in self.ids:
-            for other in self.rng.sample(self.ids, min(each, len(self.ids))):
-                self.meet(peer_id, other)
             own = peer_position(peer_id)
-            for other in sorted(self.ids, key=lambda p: peer_position(p) ^ own)[1:9]:
+            known = self.rng.sample(self.ids, min(each, len(self.ids)))
+            known += sorted(self.ids, key=lambda p: peer_position(p) ^ own)[1:9]
+            for other in known:
                 self.meet(peer_id, other)
 
     def meet(self, peer_id: str, other: str) -> None:
-        """`peer_id` hears that `other` serves."""
+        """`peer_id` has known `other` for long."""
+        contact = Contact(other, addrs_of(other), other in self.holders, self.now, other)
+        self.cores[peer_id].local.table.seen(contact)
+
+    def hear(self, peer_id: str, other: str) -> None:
+        """`peer_id` hears that `other` serves, and will see whether it answers."""
         if other != peer_id:
             self.feed(peer_id, ev.PeerSeen(other, addrs_of(other), True, other in self.holders))
 

@@ -8,10 +8,10 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from multiaddr import Multiaddr
 
-from p2pnet.dht.addrs import decode_addr, encode_addr
 from p2pnet.dht.wire import ADDRS_MAX, Kind, Message, parse, serialise
 from p2pnet.errors import MalformedError
 from p2pnet.keys import peer_id_bytes
+from p2pnet.net.multiaddr import decode, encode
 from p2pnet.net.network import PeerInfo
 from p2pnet.v1 import kad_pb2 as pb
 
@@ -35,8 +35,8 @@ ADDR = "/ip4/192.0.2.7/tcp/4001"
     ],
 )
 def test_a_multiaddr_is_what_the_library_makes_of_it(text: str) -> None:
-    assert encode_addr(text) == Multiaddr(text).to_bytes()
-    assert decode_addr(encode_addr(text)) == text
+    assert encode(text) == Multiaddr(text).to_bytes()
+    assert decode(encode(text)) == text
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_multiaddr_is_what_the_library_makes_of_it(text: str) -> None:
 )  # fmt: skip
 def test_what_is_no_multiaddr(text: str) -> None:
     with pytest.raises(MalformedError):
-        encode_addr(text)
+        encode(text)
 
 
 @pytest.mark.parametrize("kind", list(Kind))
@@ -78,17 +78,15 @@ def wire_peer(*addrs: bytes) -> pb.KadMessage.Peer:
     [
         b"\xff",
         b"\x08\x09",
-        wire_message(key=bytes(51)),
+        wire_message(key=bytes(81)),
         wire_message(key=b"a", record=pb.KadRecord(key=b"b", value=b"v")),
         wire_message(key=b"a", record=pb.KadRecord(key=b"a", value=bytes((256 << 10) + 1))),
-        wire_message(closer_peers=[wire_peer()] * 21),
-        wire_message(provider_peers=[wire_peer()] * 21),
-        wire_message(closer_peers=[wire_peer(*[encode_addr(ADDR)] * 65)]),
+        wire_message(closer_peers=[wire_peer(*[encode(ADDR)] * 65)]),
         wire_message(closer_peers=[pb.KadMessage.Peer()]),
         wire_message(closer_peers=[pb.KadMessage.Peer(id=bytes(65))]),
         bytes(1 << 21),
     ],
-    ids=["no protobuf", "type", "key", "record's key", "value", "closer", "providers", "addresses",
+    ids=["no protobuf", "type", "key", "record's key", "value", "addresses",
          "no id", "long id", "size"],
 )  # fmt: skip
 def test_what_no_honest_peer_sends(data: bytes) -> None:
@@ -97,23 +95,38 @@ def test_what_no_honest_peer_sends(data: bytes) -> None:
 
 
 def test_addresses_that_we_cannot_read_are_left_out_and_the_peer_stays() -> None:
-    named = encode_addr(f"{ADDR}/p2p/{PEER}")
-    peer = wire_peer(b"\xff\xff", b"\xbc\x03onion", b"", encode_addr(ADDR), named)
+    named = encode(f"{ADDR}/p2p/{PEER}")
+    peer = wire_peer(b"\xff\xff", b"\xbc\x03onion", b"", encode(ADDR), named)
     message = parse(wire_message(closer_peers=[peer]))
     assert message.closer == (PeerInfo(PEER, (ADDR,)),)
 
 
 def test_more_addresses_than_we_keep_are_cut() -> None:
-    addrs = [encode_addr(f"/ip4/192.0.2.7/tcp/{port}") for port in range(1, 30)]
+    addrs = [encode(f"/ip4/192.0.2.7/tcp/{port}") for port in range(1, 30)]
     (peer,) = parse(wire_message(closer_peers=[wire_peer(*addrs)])).closer
     assert len(peer.addrs) == ADDRS_MAX
+
+
+def test_of_many_addresses_those_that_can_be_dialled_are_kept() -> None:
+    quic = [encode(f"/ip4/192.0.2.7/udp/{port}/quic-v1") for port in range(1, 30)]
+    (peer,) = parse(wire_message(closer_peers=[wire_peer(*quic, encode(ADDR))])).closer
+    assert peer.addrs[0] == ADDR
+    assert len(peer.addrs) == ADDRS_MAX
+
+
+def test_long_lists_of_peers_are_cut_as_stock_peers_send_them() -> None:
+    """Whom one seeks comes after the 20 nearest; a popular key has many providers."""
+    peers = [pb.KadMessage.Peer(id=peer_id_bytes(keypair(n).peer_id)) for n in range(21)]
+    message = parse(wire_message(closer_peers=peers, provider_peers=peers * 10))
+    assert message.closer[20].peer_id == keypair(20).peer_id
+    assert len(message.providers) == 32
 
 
 @seed(1)
 @settings(max_examples=600, deadline=None, database=None)
 @given(st.binary(max_size=300))
 def test_any_bytes_parse_or_are_malformed(data: bytes) -> None:
-    for parser in (parse, decode_addr):
+    for parser in (parse, decode):
         try:
             parser(data)
         except MalformedError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 from dht_samples import STRANGER, VNODE_KEY, WALL_MS, allocation_record, keypair
@@ -100,7 +101,9 @@ def test_everybody_else_silent_ends_in_bounded_time() -> None:
     swarm.silent = set(swarm.ids[1:])
     assert isinstance(swarm.ask(asker, get), ev.Failed)
     assert swarm.now <= TIMEOUT_S
-    swarm.run_for(60.0)
+    swarm.run_for(9.0)  # the silent ones are given up
+    assert isinstance(swarm.ask(asker, get), ev.Failed)  # and so is the rest of the table
+    swarm.run_for(9.0)
     assert swarm.cores[asker].stats()["peers"] == 0
 
 
@@ -108,7 +111,7 @@ def test_a_record_is_put_on_the_nearest_and_read_by_all() -> None:
     swarm = swarm_of(60, seed=5)
     result = swarm.ask(swarm.ids[0], lambda op: ev.Put(op, opened(), TIMEOUT_S))
     assert isinstance(result, ev.Stored)
-    assert result.holders == len(holders_of(swarm)) >= REPLICAS
+    assert REPLICAS <= result.holders <= len(holders_of(swarm))
     assert set(holders_of(swarm)) >= set(swarm.nearest(VNODE_KEY, REPLICAS))
     for peer_id in swarm.ids[:20]:
         read = swarm.ask(peer_id, get)
@@ -126,10 +129,13 @@ def test_a_holder_does_not_trust_its_own_copy_and_repairs_it() -> None:
         for other in swarm.ids:
             swarm.meet(peer_id, other)
         assert core.local.store.put(stale, swarm.now)
-    read = swarm.ask(nearest[0], get)
-    assert isinstance(read, ev.Records)
-    assert [record.sequence for record in read.records] == [2]
-    swarm.run_for(1.0)
+    for quorum in (3, REPLICAS):
+        ask = partial(ev.Get, key=VNODE_KEY, timeout_s=TIMEOUT_S, quorum=quorum)
+        read = swarm.ask(nearest[0], ask)
+        assert isinstance(read, ev.Records)
+        assert [record.sequence for record in read.records] == [2]
+        assert read.answers >= quorum
+        swarm.run_for(1.0)
     for peer_id in nearest[:3]:
         (held,) = swarm.cores[peer_id].local.store.get(VNODE_KEY, swarm.now)
         assert held.sequence == 2
@@ -196,7 +202,8 @@ def test_an_unrenewed_record_is_passed_on_and_still_expires_in_its_time() -> Non
     assert len([p for p in nearest[:6] if p in holders_of(swarm)]) >= 4
     for peer_id in holders_of(swarm):
         (held,) = swarm.cores[peer_id].local.store.get(VNODE_KEY, swarm.now)
-        assert held.age_s >= swarm.now - put_at - 0.001
+        # What is put is as old as its author says: at most as long as the put took.
+        assert held.age_s >= swarm.now - put_at - 0.5
     swarm.run_for(30.0)
     assert holders_of(swarm) == []
 
@@ -255,8 +262,8 @@ def test_a_swarm_forms_from_one_bootstrap_peer() -> None:
     """Everybody knows only the first; then everybody finds everybody."""
     swarm = Swarm(24, seed=15, wire=True)
     for peer_id in swarm.ids[1:]:
-        swarm.meet(peer_id, swarm.ids[0])
-        swarm.meet(swarm.ids[0], peer_id)
+        swarm.hear(peer_id, swarm.ids[0])
+        swarm.hear(swarm.ids[0], peer_id)
         swarm.run_for(0.2)
     swarm.run_for(2.0)
     for n in range(1, 12, 2):
@@ -335,11 +342,27 @@ def test_a_client_serves_nobody() -> None:
     assert isinstance(effect, ev.Refuse)
 
 
-def test_only_a_server_enters_the_table_and_an_asker_does_not() -> None:
+def acquaint(core: Kademlia, *peer_ids: str) -> None:
+    """The core knows these peers: they have answered a lookup."""
+    for peer_id in peer_ids:
+        seen = core.handle(ev.PeerSeen(peer_id, addrs_of(peer_id), True, True), 0.0)
+        (check,) = [effect for effect in seen if isinstance(effect, ev.SendRequest)]
+        reply = ev.ReplyArrived(check.rpc_id, Message(Kind.FIND_NODE), True, WALL_MS)
+        for effect in core.handle(reply, 0.0):  # the first one starts a look round
+            if isinstance(effect, ev.SendRequest):
+                core.handle(ev.ReplyArrived(effect.rpc_id, effect.message, True, WALL_MS), 0.0)
+
+
+def test_only_a_server_that_answers_a_lookup_enters_the_table_and_an_asker_does_not() -> None:
     core, peer_id = lone_core(), keypair(1).peer_id
     answer(core, peer_id, Message(Kind.FIND_NODE, b"k"))
     assert core.stats()["peers"] == 0
-    core.handle(ev.PeerSeen(peer_id, (), True, True), 0.0)
+    (check,) = core.handle(ev.PeerSeen(peer_id, (), True, True), 0.0)
+    assert isinstance(check, ev.SendRequest)
+    assert core.stats()["peers"] == 0
+    core.handle(ev.RequestFailed(check.rpc_id), 0.1)
+    assert core.stats()["peers"] == 0
+    acquaint(core, peer_id)
     assert core.stats()["peers"] == 1
     core.handle(ev.PeerSeen(peer_id, (), False, False), 0.0)
     assert core.stats()["peers"] == 0
@@ -347,7 +370,7 @@ def test_only_a_server_enters_the_table_and_an_asker_does_not() -> None:
 
 def test_an_answer_of_the_wrong_kind_is_a_failure() -> None:
     core, peer_id = lone_core(), keypair(1).peer_id
-    core.handle(ev.PeerSeen(peer_id, addrs_of(peer_id), True, True), 0.0)
+    acquaint(core, peer_id)
     (request,) = core.handle(get(1), 0.0)
     assert isinstance(request, ev.SendRequest)
     reply = ev.ReplyArrived(request.rpc_id, Message(Kind.FIND_NODE), True, WALL_MS)
@@ -360,7 +383,7 @@ def test_an_answer_of_the_wrong_kind_is_a_failure() -> None:
 
 def test_a_request_that_the_shell_never_answers_is_given_up() -> None:
     core, peer_id = lone_core(), keypair(1).peer_id
-    core.handle(ev.PeerSeen(peer_id, addrs_of(peer_id), True, True), 0.0)
+    acquaint(core, peer_id)
     core.handle(get(1), 0.0)
     now, seen = 0.0, []
     while not any(isinstance(effect, ev.OperationDone) for effect in seen):
@@ -375,8 +398,7 @@ def test_a_request_that_the_shell_never_answers_is_given_up() -> None:
 def test_wrong_addresses_from_one_peer_do_not_hide_another() -> None:
     """A liar names the target first, at an address where nobody is."""
     core, liar, honest, target = lone_core(), *(keypair(n).peer_id for n in (1, 2, 3))
-    for peer_id in (liar, honest):
-        core.handle(ev.PeerSeen(peer_id, addrs_of(peer_id), True, True), 0.0)
+    acquaint(core, liar, honest)
     requests = {r.peer.peer_id: r for r in core.handle(ev.FindNode(1, target, 9.0), 0.0)
                 if isinstance(r, ev.SendRequest)}  # fmt: skip
     wrong = Message(Kind.FIND_NODE, closer=(PeerInfo(target, ("/ip4/192.0.2.1/tcp/1",)),))
@@ -393,7 +415,24 @@ def test_wrong_addresses_from_one_peer_do_not_hide_another() -> None:
 def test_more_operations_than_may_run_wait_their_turn() -> None:
     swarm = swarm_of(10, seed=17)
     asker = swarm.ids[0]
-    op_ids = [swarm.start(asker, get) for _ in range(150)]
+    keys = [record_key(f"/p2pnet/key {n}") for n in range(150)]
+    op_ids = [
+        swarm.start(asker, lambda op, key=key: ev.Get(op, key, TIMEOUT_S))  # type: ignore[misc]
+        for key in keys
+    ]
     assert swarm.cores[asker].stats()["operations"] == 64
     swarm.run(lambda: all(op_id in swarm.results for op_id in op_ids))
     assert all(isinstance(swarm.results[op_id], ev.Records) for op_id in op_ids)
+
+
+def test_reads_of_one_key_at_once_share_one_lookup() -> None:
+    swarm = swarm_of(10, seed=17)
+    swarm.ask(swarm.ids[1], lambda op: ev.Put(op, opened(), TIMEOUT_S))
+    asker = swarm.ids[0]
+    op_ids = [swarm.start(asker, get) for _ in range(50)]
+    assert swarm.cores[asker].stats()["operations"] == 1
+    swarm.run(lambda: all(op_id in swarm.results for op_id in op_ids))
+    for op_id in op_ids:
+        result = swarm.results[op_id]
+        assert isinstance(result, ev.Records)
+        assert len(result.records) == 1

@@ -10,6 +10,7 @@ import pytest
 from dht_samples import CLAIMANT, VNODE_KEY, WALL_MS, allocation_record, keypair
 
 from p2pnet.dht.keyspace import peer_position, position, record_key
+from p2pnet.dht.rates import SenderRates
 from p2pnet.dht.records import AUTHORS_MAX, OpenRecord, open_record
 from p2pnet.dht.store import PROVIDERS_MAX, ProviderStore, RecordStore
 from p2pnet.net.network import PeerInfo
@@ -123,7 +124,7 @@ def test_an_author_can_fill_only_its_part() -> None:
     store.check()
 
 
-@pytest.mark.parametrize("bound", [{"keys_max": 5}, {"total_bytes_max": 5 * 228 + 10}])
+@pytest.mark.parametrize("bound", [{"records_max": 5}, {"total_bytes_max": 5 * 228 + 10}])
 def test_what_is_farthest_from_us_gives_way(bound: dict[str, int]) -> None:
     store = RecordStore(OWN, **bound)
     keys = [record_key(f"{n}") for n in range(40)]
@@ -134,13 +135,133 @@ def test_what_is_farthest_from_us_gives_way(bound: dict[str, int]) -> None:
     assert sorted(store.keys()) == sorted(nearest)
 
 
+def test_who_floods_the_store_drives_out_its_own() -> None:
+    store = RecordStore(OWN, records_max=40)
+    keys = [record_key(f"{n}") for n in range(400)]
+    far, near = sorted(keys, key=lambda key: position(key) ^ OWN, reverse=True)[:8], keys
+    for key in far:
+        assert store.put(rec(key=key, author="honest"), 0.0, "house")
+    for n, key in enumerate(near):
+        store.put(rec(key=key, author=f"sybil {n}"), 0.0, "flood")
+        store.check()
+    assert all(store.get(key, 0.0)[-1].author == "honest" for key in far)
+    assert len(store) == 40
+    for n, key in enumerate(near):  # with as many names of its own there is no telling
+        store.put(rec(key=key, author=f"other {n}"), 0.0, f"street {n}")
+        store.check()
+    assert sum(bool(store.get(key, 0.0)) for key in far) < 8
+
+
+def test_who_floods_the_marks_drives_out_its_own() -> None:
+    store = RecordStore(OWN, marks_max=20)
+    store.put(rec(5, author="honest"), 0.0, "house")
+    store.expire(60.0)
+    for n in range(1000):
+        store.put(rec(author=f"sybil {n}", key=record_key(f"{n}")), 60.0, "flood")
+    store.expire(120.0)
+    store.check()
+    assert not store.put(rec(5, author="honest"), 121.0, "flood")
+    assert not store.put(rec(4, author="honest"), 121.0, "flood")
+
+
+def test_a_record_stays_charged_to_whom_it_first_came_from() -> None:
+    store = RecordStore(OWN, records_max=10)
+    for n in range(5):
+        store.put(rec(key=record_key(f"{n}")), 0.0, "house")
+    for n in range(5):  # passed on by another, each a newer one
+        store.put(rec(1, 2, key=record_key(f"{n}")), 0.0, "flood")
+    for n in range(5, 100):
+        store.put(rec(key=record_key(f"{n}"), author="sybil"), 0.0, "flood")
+    assert all(store.get(record_key(f"{n}"), 0.0) for n in range(5))
+
+
+def test_under_a_crowded_key_the_crowd_gives_way() -> None:
+    store = RecordStore(OWN)
+    assert store.put(rec(author="honest"), 0.0, "house")
+    for n in range(AUTHORS_MAX):
+        store.put(rec(9, author=f"sybil {n}"), 0.0, "flood")
+    for n in range(AUTHORS_MAX):
+        assert store.put(rec(author=f"late {n}"), 0.0, f"house {n}")
+        store.check()
+        if n == AUTHORS_MAX - 3:
+            break
+    assert "honest" in [r.author for r in store.get(VNODE_KEY, 0.0)]
+    assert not store.put(rec(10**9, author="one more"), 0.0, "flood")
+
+
+def test_what_gave_way_may_come_back_but_not_younger() -> None:
+    store = RecordStore(OWN, records_max=1)
+    near, far = sorted([record_key("a"), record_key("b")], key=lambda k: position(k) ^ OWN)
+    store.put(rec(key=far), 0.0)
+    store.put(rec(key=near, ttl_s=10), 5.0)
+    assert store.get(far, 5.0) == []
+    store.expire(20.0)
+    assert store.put(rec(key=far, age_s=0.0), 20.0)
+    assert store.get(far, 20.0)[0].age_s == 20.0
+    store.check()
+
+
+def test_what_was_once_held_is_known_when_others_answer_with_it() -> None:
+    store = RecordStore(OWN)
+    store.put(rec(2, 5), 0.0)
+    store.expire(60.0)
+    assert store.sift([rec(2, 4)], 61.0) == [], "older"
+    assert store.sift([rec(2, 5)], 61.0) == [], "the same, and it has expired"
+    assert store.sift([rec(2, 6)], 61.0) == [rec(2, 6)]
+    assert store.sift([rec(2, 5, author="another")], 61.0) == [rec(2, 5, author="another")]
+
+
+@pytest.mark.parametrize("age_s", [-1.0, -1e-9, float("nan"), float("inf"), float("-inf"), 60.0])
+def test_an_age_that_is_none_makes_nothing_immortal(age_s: float) -> None:
+    store = RecordStore(OWN)
+    assert not store.put(rec(age_s=age_s), 100.0)
+    assert store.sift([rec(age_s=age_s)], 100.0) == []
+    assert store.put(rec(), 100.0)
+    assert not store.put(rec(1, 2, age_s=age_s), 100.0)
+    assert ranks(store, 100.0) == [(1, 1)]
+    assert ranks(store, 160.0) == []
+
+
+def test_a_contradicting_twin_is_not_younger_and_the_greater_wins_everywhere() -> None:
+    ours, twin = rec(), dataclasses.replace(rec(), signed=common_pb2.Signed(payload=b"~"))
+    for first, second in ((ours, twin), (twin, ours)):
+        store = RecordStore(OWN)
+        store.put(dataclasses.replace(first, age_s=30.0), 0.0)
+        store.put(second, 0.0)
+        assert store.get(VNODE_KEY, 0.0)[0].signed == twin.signed
+        assert store.get(VNODE_KEY, 0.0)[0].age_s == 30.0
+        store.expire(60.0)
+        assert not store.put(twin, 60.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_store_holds_its_invariants_whatever_happens(seed: int) -> None:
+    rng = random.Random(seed)
+    store = RecordStore(OWN, records_max=30, author_bytes_max=3000, total_bytes_max=6000,
+                        marks_max=10)  # fmt: skip
+    now = 0.0
+    for _ in range(1500):
+        now += rng.random()
+        record = rec(
+            rng.randrange(3), rng.randrange(4), author=f"author {rng.randrange(20)}",
+            key=record_key(f"{rng.randrange(9)}"), age_s=rng.uniform(0, 20),
+            size_bytes=rng.randrange(50, 400), ttl_s=20,
+        )  # fmt: skip
+        if store.put(record, now, f"source {rng.randrange(4) ** 2}"):
+            found = [r for r in store.get(record.key, now) if r.author == record.author]
+            assert [r.rank for r in found] == [record.rank]
+        if rng.random() < 0.05:
+            store.expire(now)
+        store.check()
+
+
 def info(n: int) -> PeerInfo:
     """A provider."""
     return PeerInfo(f"peer {n}", ())
 
 
 def test_providers_live_for_their_time_and_are_bounded() -> None:
-    store = ProviderStore(keys_max=2, life_s=100.0)
+    store = ProviderStore(hints_max=PROVIDERS_MAX + 1, life_s=100.0)
     store.add(b"a", info(1), 0.0)
     store.add(b"a", info(2), 50.0)
     assert store.get(b"a", 60.0) == [info(2), info(1)]
@@ -154,10 +275,68 @@ def test_providers_live_for_their_time_and_are_bounded() -> None:
     assert len(store.get(b"a", 155.0)) == PROVIDERS_MAX
     store.add(b"b", info(1), 155.0)
     store.add(b"c", info(1), 155.0)
-    assert store.get(b"a", 155.0) == []
+    store.check()
+    assert len(store.get(b"a", 155.0)) == PROVIDERS_MAX - 1, "the oldest of all gave way"
     store.remove(b"c", info(1).peer_id)
     store.remove(b"nobody", "x")
-    assert len(store) == 1
+    assert len(store) == 2
     store.expire(300.0)
     assert len(store) == 0
     store.check()
+
+
+def test_a_peer_provides_a_key_once_and_only_so_many() -> None:
+    store = ProviderStore(provided_max=3)
+    for n in range(5):
+        store.add(b"%d" % n, info(1), float(n))
+        store.add(b"4", info(2), float(n))
+        store.check()
+    assert [key for key in (b"0", b"1", b"2", b"3", b"4") if info(1) in store.get(key, 5.0)] == [
+        b"2",
+        b"3",
+        b"4",
+    ]
+    assert store.get(b"4", 5.0) == [info(2), info(1)]
+
+
+def test_who_floods_the_hints_drives_out_its_own() -> None:
+    store = ProviderStore(hints_max=100)
+    for n in range(10):
+        store.add(b"%d" % n, info(1), 0.0, "house")
+    store.add(b"crowded", info(1), 0.0, "house")
+    for n in range(500):
+        store.add(b"flood %d" % n, info(1000 + n), 1.0, "flood")
+        store.add(b"crowded", info(1000 + n), 1.0, "flood")
+        store.check()
+    assert all(store.get(b"%d" % n, 1.0) == [info(1)] for n in range(10))
+    assert info(1) in store.get(b"crowded", 1.0)
+
+
+@pytest.mark.parametrize("age_s", [-1.0, float("nan"), 1800.0, float("inf")])
+def test_a_hint_of_no_age_is_none(age_s: float) -> None:
+    store = ProviderStore()
+    store.add(b"a", info(1), 0.0, age_s=age_s)
+    assert len(store) == 0
+
+
+def test_a_sender_has_much_at_once_but_not_for_long() -> None:
+    rates = SenderRates(per_s=10.0, burst=100.0)
+    assert sum(rates.take("flood", 1, 0.0) for _ in range(1000)) == 100
+    assert rates.take("another", 1, 0.0)
+    assert sum(rates.take("flood", 1, n / 100) for n in range(1, 1001)) in (99, 100)
+    assert not rates.take("flood", 1000, 1e9), "never more than fits"
+    rates.check()
+
+
+def test_a_bulk_put_of_an_honest_peer_passes() -> None:
+    rates = SenderRates()
+    assert all(rates.take("honest", 1, n / 200) for n in range(200 * 8))
+
+
+def test_new_names_do_not_buy_a_new_bucket() -> None:
+    rates = SenderRates(per_s=10.0, burst=100.0, senders_max=8)
+    taken = sum(rates.take(f"sybil {n % 5000}", 1, n / 50_000) for n in range(50_000))
+    assert taken <= 8 * 100 + 9 * 10 + 100
+    rates.check()
+    assert rates.take("late", 1, 30.0), "those whose bucket is full again are forgotten"
+    rates.check()

@@ -16,7 +16,7 @@ PEERS = [keypair(n).peer_id for n in range(1, 120)]
 
 def contact(peer_id: str, seen_at: float = 0.0, addrs: tuple[str, ...] = ("/a",)) -> Contact:
     """A server."""
-    return Contact(peer_id, addrs, True, seen_at)
+    return Contact(peer_id, addrs, True, seen_at, peer_id)
 
 
 def in_bucket(bits: int) -> list[str]:
