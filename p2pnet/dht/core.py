@@ -8,6 +8,7 @@ that want to know (`searches.py`, `placements.py`); what others ask is answered 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from p2pnet.dht.lookup import QUORUM
 from p2pnet.dht.placements import ProviderPlacement, RecordPlacement
 from p2pnet.dht.records import OpenRecord
 from p2pnet.dht.routing import Contact
+from p2pnet.dht.rtt import TIMEOUT_S_MAX, TIMEOUT_S_MIN
 from p2pnet.dht.searches import Ask, NodeSearch, ProviderSearch, RecordSearch, Search
 from p2pnet.dht.snapshot import Held
 from p2pnet.dht.upkeep import REFRESH_BITS_MAX, REFRESH_S, Upkeep
@@ -36,6 +38,7 @@ _GRACE_S = 1.0  # what the shell may be late with a failure
 _RUNNING_MAX = 64
 _QUEUED_MAX = 4096
 _CHECKS_MAX = 64
+_AT_ONCE = 8  # requests that a peer is expected to answer as fast as one
 
 _Then = Callable[[ev.Result, float], None]
 
@@ -44,19 +47,24 @@ _Then = Callable[[ev.Result, float], None]
 class _Request:
     """One under way. `operation` None: only the table wants to know.
 
-    `check`: whether a good answer lets the peer into the table.
+    `check`: whether a good answer lets the peer into the table; `last`: whether it is the
+    last chance of one that is there.
     """
 
     peer: PeerInfo
     kind: Kind
     operation: Search | None
     check: bool
+    last: bool
     sent_at: float
-    overdue_at: float | None  # None: past
+    slow_at: float | None  # None: past
+    overdue_at: float | None
     given_up_at: float
 
     @property
     def next_at(self) -> float:
+        if self.slow_at is not None:
+            return self.slow_at
         return self.given_up_at if self.overdue_at is None else self.overdue_at
 
 
@@ -84,6 +92,7 @@ class Kademlia:
         self._queued: dict[Search, list[_Then]] = {}
         self._gets: dict[tuple[bytes, int], RecordSearch] = {}
         self._checking: dict[str, None] = {}
+        self._at_once: Counter[str] = Counter()  # requests under way, by peer
         self._republishing = 0
         self._effects: list[ev.Effect] = []
 
@@ -169,6 +178,8 @@ class Kademlia:
         local = self.local
         return {
             "peers": len(local.table),
+            "buckets": local.table.buckets,
+            "ip_groups": local.table.groups,
             "holders": sum(contact.holder for contact in local.table),
             "records": len(local.store),
             "record_keys": len(local.store.keys()),
@@ -293,19 +304,27 @@ class Kademlia:
         now: float,
         *,
         check: bool = False,
+        last: bool = False,
     ) -> None:
         self._last_rpc_id += 1
         trips = self.local.round_trips
-        timeout_s = trips.timeout_s(peer.peer_id)
+        # What is under way at a peer keeps it busy.
+        busy = 1.0 + self._at_once[peer.peer_id] / _AT_ONCE
+        self._at_once[peer.peer_id] += 1
+        timeout_s = min(busy * trips.timeout_s(peer.peer_id), TIMEOUT_S_MAX)
         self._requests[self._last_rpc_id] = _Request(
             peer=peer,
             kind=message.kind,
             operation=search,
             check=check,
+            last=last,
             sent_at=now,
-            overdue_at=now + trips.patience_s(peer.peer_id),
+            slow_at=None if last else now + busy * trips.hedge_s(peer.peer_id),
+            overdue_at=None if last else now + busy * trips.patience_s(peer.peer_id),
             given_up_at=now + timeout_s + _GRACE_S,
         )
+        if last:
+            self.local.stalled(peer.peer_id, +1)
         if check:
             self._checking[peer.peer_id] = None
         self._effects.append(ev.SendRequest(self._last_rpc_id, peer, message, timeout_s))
@@ -313,6 +332,9 @@ class Kademlia:
     def _over(self, rpc_id: int) -> None:
         """A request is under way no more."""
         request = self._requests.pop(rpc_id)
+        self._at_once[request.peer.peer_id] -= 1
+        if not self._at_once[request.peer.peer_id]:
+            del self._at_once[request.peer.peer_id]
         if request.overdue_at is None:
             self.local.stalled(request.peer.peer_id, -1)
         if request.check:
@@ -348,11 +370,24 @@ class Kademlia:
         if request is None:
             return
         self._over(rpc_id)
-        self.local.silent(request.peer, now)
-        self._effects.append(ev.Forget(request.peer.peer_id))
+        self._missed(request, now)
         search = request.operation
         if search is not None and not search.over:
             self._go_on(search, search.failed(request.peer.peer_id, now), now)
+
+    def _missed(self, request: _Request, now: float) -> None:
+        """A peer did not answer: it goes, unless it may only have been too busy."""
+        peer_id = request.peer.peer_id
+        contact = self.local.table.get(peer_id)
+        if contact is not None and not request.last:
+            if contact.seen_at > request.sent_at:
+                return  # it has answered others since
+            refused = now - request.sent_at < TIMEOUT_S_MIN / 2
+            if not refused and contact.seen_at > now - _FRESH_S:
+                self._look(contact.info, now, last=True)
+                return
+        self.local.silent(request.peer, now)
+        self._effects.append(ev.Forget(peer_id))
 
     # Who comes into the table
 
@@ -368,10 +403,10 @@ class Kademlia:
         elif self.wants(peer_id) and len(self._checking) < _CHECKS_MAX:
             self._look(PeerInfo(peer_id, event.addrs), now, check=True)
 
-    def _look(self, peer: PeerInfo, now: float, *, check: bool) -> None:
+    def _look(self, peer: PeerInfo, now: float, *, check: bool = False, last: bool = False) -> None:
         # kad-dht has retired PING; that it answers a lookup is what we want to know.
         message = Message(Kind.FIND_NODE, peer_id_bytes(self.local.peer_id))
-        self._ask(peer, message, None, now, check=check)
+        self._ask(peer, message, None, now, check=check, last=last)
 
     def _contact(
         self, peer_id: str, addrs: tuple[str, ...], holder: bool, addr: str, now: float
@@ -390,7 +425,7 @@ class Kademlia:
         if longest_silent is not None and longest_silent.seen_at < now - _FRESH_S:
             asked = (r.peer.peer_id for r in self._requests.values() if r.operation is None)
             if longest_silent.peer_id not in asked:
-                self._look(longest_silent.info, now, check=False)
+                self._look(longest_silent.info, now)
 
     # Requests of others
 
@@ -435,12 +470,16 @@ class Kademlia:
 
     def _tick(self, now: float) -> None:
         for rpc_id, request in list(self._requests.items()):
+            search = request.operation
+            if request.slow_at is not None and request.slow_at <= now:
+                request.slow_at = None
+                if search is not None and not search.over:
+                    self._go_on(search, search.slow(request.peer.peer_id, now), now)
             if request.given_up_at <= now:
                 self._failed(rpc_id, now)
             elif request.overdue_at is not None and request.overdue_at <= now:
                 request.overdue_at = None
                 self.local.stalled(request.peer.peer_id, +1)
-                search = request.operation
                 if search is not None and not search.over:
                     self._go_on(search, search.overdue(request.peer.peer_id, now), now)
         for search in [search for search in self._queued if search.until <= now]:

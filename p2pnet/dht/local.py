@@ -77,10 +77,11 @@ class Local:
         return peer_id in self._stalled
 
     def neighbourhood(self) -> int:
-        """How far from a key about K peers are, by how far our own K nearest are from us."""
+        """How far from a key its holders are, by how far our own neighbours are from us."""
         own = peer_position(self.peer_id)
-        nearest = self.table.closest(own, K)
-        return nearest[-1].position ^ own if len(nearest) == K else (1 << POSITION_BITS) - 1
+        if len(self.table) < K:
+            return (1 << POSITION_BITS) - 1  # so few peers are all neighbours
+        return self.table.closest(own, REPLICAS)[-1].position ^ own
 
     def alive(self, peer_id: str) -> None:
         """A peer gave a sign of life."""
@@ -119,13 +120,13 @@ class Local:
         if kind is Kind.PUT_VALUE:
             cost = 1 + len(message.value or b"") // PUT_BYTES_A_TOKEN
             if not self.rates.take(peer_id, cost, now):
-                return Message(kind, key, None, self._closer(peer_id, key))
+                return Message(kind, key, None, self._closer(peer_id, key, REPLICAS))
             records = self.open(key, message.value, wall_ms)
             taken = [record.rank for record in records if self.store.put(record, now, source)]
             # What is echoed was taken, and is read from where it is kept.
             kept = [record for record in self.store.get(key, now) if record.rank in taken]
             echo = serialise_set(kept) if kept else None
-            return Message(kind, key, echo, self._closer(peer_id, key))
+            return Message(kind, key, echo, self._closer(peer_id, key, REPLICAS))
         if kind is Kind.ADD_PROVIDER:
             for provider in message.providers:
                 # Nobody speaks for another.
@@ -139,10 +140,12 @@ class Local:
             value = serialise_set(held) if held else None
         elif kind is Kind.GET_PROVIDERS:
             providers = tuple(self.providers.get(key, now)[:PEERS_MAX])
-        return Message(kind, key, value, self._closer(peer_id, key), providers)
+        # Who finds what it asked for has little use for more than the other holders.
+        count = REPLICAS if value is not None else PEERS_MAX
+        return Message(kind, key, value, self._closer(peer_id, key, count), providers)
 
-    def _closer(self, peer_id: str, key: bytes) -> tuple[PeerInfo, ...]:
+    def _closer(self, peer_id: str, key: bytes, count: int) -> tuple[PeerInfo, ...]:
         """Whom we know nearest to a key, for a peer that asks."""
-        closest = self.table.closest(position(key), PEERS_MAX + 1)
+        closest = self.table.closest(position(key), count + 1)
         named = [c.info for c in closest if c.peer_id != peer_id and c.addrs]
-        return tuple(named[:PEERS_MAX])
+        return tuple(named[:count])

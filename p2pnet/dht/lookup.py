@@ -9,10 +9,12 @@ ones, until those nearest to the key have answered. On top of that:
 - *Credit*: a liar can also name peers that do not exist. Who named more than a
   few that fail, and more that fail than answer, is believed no more.
 - *IP groups*: of the nearest, only a few of one group count, so that a flood of
-  identities from a few addresses does not fill the place.
-- *Hedging*: a peer whose answer is overdue (`rtt.py`) no longer counts as one of
-  the alpha, and another is asked beside it: silent peers cost one patience, and
-  not a timeout.
+  identities from a few addresses does not fill the place; more only where few
+  groups are known at all.
+- *Hedging* (Dean and Barroso, "The Tail at Scale", CACM 2013): a peer that is slower
+  than peers usually are no longer counts as one of the alpha, and another is asked
+  beside it. One whose answer is overdue is not waited for: all silent peers together
+  cost one patience (`rtt.py`), and not a timeout each.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from p2pnet.dht.keyspace import peer_position, position
+from p2pnet.dht.routing import group_limit
 from p2pnet.dht.wire import ADDRS_MAX
 from p2pnet.net.groups import GroupOf
 from p2pnet.net.network import PeerInfo
 
-ALPHA = 5
+ALPHA = 5  # of a lookup that wants to see many
 PATHS = 8
 REQUESTS_MAX = 128
 # With fewer answers than this and nobody left to ask, overdue ones are waited for.
@@ -58,6 +61,7 @@ class _Candidate:
     state: _State = _State.HEARD
     holder: bool = False
     tries: int = 0
+    hedged: bool = False
     referrers: list[_Candidate] = field(default_factory=list)  # who named it
     named_failed: int = 0
     named_answered: int = 0
@@ -76,8 +80,9 @@ class Lookup:
 
     It ends when the `width` nearest have answered, and if `holders` > 0 also when
     that many of the nearest that keep records have, each of another IP group:
-    reading and writing records needs no more. `shy`: who is asked only where
-    nobody else is left.
+    reading and writing records needs no more. `narrow` > 0: until `widen` is called,
+    on one path, and only that many holders are wanted. `shy`: who is asked only
+    where nobody else is left.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class Lookup:
         width: int,
         group_of: GroupOf,
         holders: int = 0,
+        narrow: int = 0,
         shy: Callable[[str], bool] = lambda peer_id: False,
     ) -> None:
         self.key = key
@@ -95,10 +101,12 @@ class Lookup:
         self._own_peer_id = own_peer_id
         self._width = width
         self._holders = holders
+        self._narrow = narrow
         self._group_of = group_of
         self._shy = shy
         self._requests_left = REQUESTS_MAX
         self._candidates: dict[str, _Candidate] = {}
+        self._groups: dict[str, None] = {}
         self._order: list[tuple[int, str]] = []
         self._paths = [_Path() for _ in range(PATHS)]
         self._turn = 0
@@ -131,6 +139,7 @@ class Lookup:
         candidate.holder = holder
         if addr:
             candidate.group = self._group_of(peer_id, addr)
+            self._groups[candidate.group] = None
 
     def failed(self, peer_id: str) -> None:
         """A peer that `next` named will not answer."""
@@ -140,6 +149,13 @@ class Lookup:
             self._blame(candidate)
         candidate.state = _State.FAILED
 
+    def slow(self, peer_id: str) -> None:
+        """A peer that `next` named takes longer than most do."""
+        candidate = self._candidates[peer_id]
+        if candidate.state is _State.ASKED:
+            self._landed(candidate)
+            candidate.hedged = True
+
     def overdue(self, peer_id: str) -> None:
         """A peer that `next` named takes longer than it should."""
         candidate = self._candidates[peer_id]
@@ -148,19 +164,24 @@ class Lookup:
             self._blame(candidate)
             candidate.state = _State.OVERDUE
 
+    def widen(self) -> None:
+        """What was asked of few is asked of all that should know."""
+        self._narrow = 0
+
     # What it says
 
     def next(self) -> list[PeerInfo]:
         """Whom to ask now."""
         ask: list[PeerInfo] = []
         flying = self.flying
-        while flying < ALPHA and self._requests_left > 0:
+        while flying < (self._narrow or ALPHA) and self._requests_left > 0:
             candidate = self._pick(shy=False)
             if candidate is None and flying == 0:
                 candidate = self._pick(shy=True)
             if candidate is None:
                 break
             candidate.state = _State.ASKED
+            candidate.hedged = False
             candidate.tries += 1
             self._paths[candidate.path].flying += 1
             self._requests_left -= 1
@@ -170,16 +191,17 @@ class Lookup:
 
     @property
     def done(self) -> bool:
-        """Whether nothing that could still come would better the result by much."""
-        if self.flying and not self._have_holders():
+        """Whether nothing that could still come would better the result by much.
+
+        To be asked when `next` has nobody to ask.
+        """
+        if self.awaited:
             # Who is under way may know nearer ones, unless all that we want is there.
-            return False
-        if self._pick(shy=False) is not None and self._requests_left > 0:
-            return False
+            return self._have_holders()
         answered = waiting = 0
         for candidate in self._nearest():
             answered += candidate.state is _State.ANSWERED
-            waiting += candidate.state in (_State.OVERDUE, _State.HEARD)
+            waiting += candidate.state is _State.OVERDUE
             if answered >= self._width:
                 break
         return waiting == 0 or answered >= QUORUM
@@ -205,21 +227,17 @@ class Lookup:
     def quorum(self, answers: int, among: int) -> bool:
         """Whether `answers` holders have answered of the `among` nearest, as far as we know.
 
-        They are counted by IP group; those that are silent are passed over.
+        Those that are silent are passed over.
         """
-        groups: dict[str, None] = {}
-        heard = 0
-        for candidate in self._nearest():
-            answered = candidate.state is _State.ANSWERED
-            if answered and not candidate.holder:
+        asked = heard = 0
+        for candidate in self._diverse(among):
+            if candidate.state is _State.ANSWERED and not candidate.holder:
                 continue
-            if candidate.state is _State.OVERDUE or candidate.group in groups:
-                continue
-            groups[candidate.group] = None
-            heard += answered
+            asked += 1
+            heard += candidate.state is _State.ANSWERED
             if heard >= answers:
                 return True
-            if len(groups) >= among:
+            if asked >= among:
                 return False
         return False
 
@@ -235,8 +253,13 @@ class Lookup:
 
     @property
     def flying(self) -> int:
-        """How many requests are under way and not overdue."""
+        """How many requests are under way and not slow."""
         return sum(path.flying for path in self._paths)
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a request is under way and not overdue."""
+        return any(c.state is _State.ASKED for c in self._candidates.values())
 
     @property
     def asked_nobody(self) -> bool:
@@ -277,6 +300,7 @@ class Lookup:
                 hops=by.hops + 1 if by else 0,
             )
             self._candidates[peer.peer_id] = candidate
+            self._groups[candidate.group] = None
             bisect.insort(self._order, (candidate.distance, peer.peer_id))
         else:
             new = tuple(addr for addr in peer.addrs if addr not in candidate.addrs)
@@ -298,7 +322,7 @@ class Lookup:
         """The next to be asked; those whom we would rather not ask only if `shy`."""
         if self._have_holders():
             return None
-        for turn in range(PATHS):
+        for turn in range(0 if self._narrow else PATHS):
             number = (self._turn + turn) % PATHS
             path = self._paths[number]
             candidate = None if path.flying else self._step(path, shy)
@@ -306,12 +330,16 @@ class Lookup:
                 candidate.path = number
                 self._turn = (number + 1) % PATHS
                 return candidate
-        places = 0
-        for candidate in self._nearest():
+        # Then those nearest to the key, until as many have answered, or may yet, as we want.
+        places, wanted = 0, self._narrow or self._holders or self._width
+        for candidate in self._diverse(wanted) if self._holders else self._nearest():
             if candidate.state is _State.HEARD and (shy or not self._shy(candidate.peer_id)):
                 return candidate
-            places += candidate.state in (_State.ASKED, _State.ANSWERED)
-            if places >= self._width:
+            if candidate.state is _State.ANSWERED:
+                places += candidate.holder or not self._holders
+            else:
+                places += candidate.state is _State.ASKED and not candidate.hedged
+            if places >= wanted:
                 break
         return None
 
@@ -330,6 +358,7 @@ class Lookup:
 
     def _nearest(self) -> Iterator[_Candidate]:
         """Those that count, nearest first: believed, not failed, few of each IP group."""
+        limit = group_limit(self._width, max(1, len(self._groups)), GROUP_NEAREST_MAX)
         groups: Counter[str] = Counter()
         for _, peer_id in self._order:
             candidate = self._candidates[peer_id]
@@ -337,7 +366,7 @@ class Lookup:
                 continue
             if candidate.state is not _State.OVERDUE:
                 groups[candidate.group] += 1
-            if groups[candidate.group] <= GROUP_NEAREST_MAX:
+            if groups[candidate.group] <= limit:
                 yield candidate
 
     def _credible(self, candidate: _Candidate) -> bool:
@@ -350,22 +379,32 @@ class Lookup:
 
     def _have_holders(self) -> bool:
         """Whether the `holders` nearest of different IP groups that keep records have answered."""
-        if not self._holders:
+        wanted = self._narrow or self._holders
+        if not wanted:
             return False
-        groups: dict[str, None] = {}
-        for candidate in self._nearest():
+        holders = 0
+        for candidate in self._diverse(wanted):
             if candidate.state is _State.ASKED:
                 return False
             if candidate.state is _State.HEARD and not self._shy(candidate.peer_id):
                 return False
-            if candidate.state is _State.ANSWERED and candidate.holder:
-                groups[candidate.group] = None
-                if len(groups) >= self._holders:
-                    return True
+            holders += candidate.state is _State.ANSWERED and candidate.holder
+            if holders >= wanted:
+                return True
         return False
 
+    def _diverse(self, n: int) -> Iterator[_Candidate]:
+        """As `_nearest`, without the silent, and of each IP group only what `n` of them allow."""
+        limit = group_limit(n, max(1, len(self._groups)), 1)
+        groups: Counter[str] = Counter()
+        for candidate in self._nearest():
+            if candidate.state is not _State.OVERDUE:
+                groups[candidate.group] += 1
+                if groups[candidate.group] <= limit:
+                    yield candidate
+
     def _landed(self, candidate: _Candidate) -> None:
-        if candidate.state is _State.ASKED:
+        if candidate.state is _State.ASKED and not candidate.hedged:
             self._paths[candidate.path].flying -= 1
 
     def _blame(self, candidate: _Candidate) -> None:

@@ -37,6 +37,7 @@ class Placement(Search):
         self._spare: list[PeerInfo] | None = None  # None: still looking
         self._waiting: dict[str, bool] = {}  # asked to take it; True: overdue
         self._taken: dict[str, None] = {}
+        self._put_at_once: dict[str, Message] = {}  # during the lookup
 
     def answered(self, peer_id: str, event: ReplyArrived, now: float) -> list[Ask]:
         if peer_id not in self._waiting:
@@ -54,6 +55,11 @@ class Placement(Search):
             return super().failed(peer_id, now) if self._spare is None else []
         overdue = self._waiting.pop(peer_id)
         return self._store([] if overdue else self._next_spare(), now)
+
+    def slow(self, peer_id: str, now: float) -> list[Ask]:
+        if self._spare is not None or peer_id in self._put_at_once:
+            return []  # to hedge would leave copies where they do not belong
+        return super().slow(peer_id, now)
 
     def overdue(self, peer_id: str, now: float) -> list[Ask]:
         if peer_id not in self._waiting:
@@ -129,7 +135,6 @@ class RecordPlacement(Placement):
         self._records = tuple(records)
         self._began = now
         self._radius = local.neighbourhood()
-        self._at_once: dict[str, Message] = {}
         key = self._records[0].key
         super().__init__(local, key, now, timeout_s, copies=REPLICAS, holders=REPLICAS)
 
@@ -139,14 +144,14 @@ class RecordPlacement(Placement):
             return self._question
         if contact.position ^ self.lookup.target > self._radius:
             return self._question
-        message = self._at_once[peer.peer_id] = self._message(self._began)
+        message = self._put_at_once[peer.peer_id] = self._message(self._began)
         return message
 
     def _asked(self, peer_id: str) -> Message:
-        return self._at_once.get(peer_id, self._question)
+        return self._put_at_once.get(peer_id, self._question)
 
     def _take(self, peer_id: str, message: Message, event: ReplyArrived, now: float) -> None:
-        if peer_id in self._at_once and self._took(message):
+        if peer_id in self._put_at_once and self._took(message):
             self._taken[peer_id] = None
 
     def _places(self) -> list[PeerInfo]:
@@ -161,7 +166,7 @@ class RecordPlacement(Placement):
             if len(places) > len(known):
                 places.sort(key=lambda peer: peer_position(peer.peer_id) ^ target)
         # Who was asked on the way and did not take it will not now.
-        return [p for p in places if p.peer_id in self._taken or p.peer_id not in self._at_once]
+        return [p for p in places if p.peer_id in self._taken or p.peer_id not in self._put_at_once]
 
     def _aged(self, now: float) -> list[OpenRecord]:
         since = now - self._began

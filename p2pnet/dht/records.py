@@ -7,6 +7,7 @@ one can be replayed to a peer that has never met a newer one (DESIGN D5).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -234,7 +235,7 @@ def serialise_set(records: Iterable[OpenRecord]) -> bytes:
         size_bytes += record.size_bytes
         if size_bytes > SET_BYTES_MAX - 64:
             break
-        out.records.add(record=record.signed, age_ms=max(0, round(record.age_s * 1000)))
+        out.records.add(record=record.signed, age_ms=max(0, math.ceil(record.age_s * 1000)))
     return out.SerializeToString()
 
 

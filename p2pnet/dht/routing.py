@@ -7,7 +7,8 @@ servers of the protocol that have answered a lookup come in here.
 
 Identities are free and IP addresses are not, so that a group of addresses has
 few places (as in go-libp2p-kbucket's diversity filter): who wants to surround a
-peer needs as many networks as the peer has neighbours.
+peer needs as many networks as the peer has neighbours. Only where few groups are
+known at all, as in a swarm of one laboratory, a group may have more.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from p2pnet.dht.keyspace import POSITION_BITS, common_prefix_bits, peer_position
 from p2pnet.net.network import PeerInfo
 
 K = 20
-GROUP_TABLE_MAX = 3  # contacts of one IP group
-GROUP_BUCKET_MAX = 2
+GROUP_TABLE_MAX = 2  # contacts of one IP group, where there are enough groups
 _SPARES_MAX = 5  # newcomers that wait beside a full bucket
 
 
@@ -57,6 +57,11 @@ class _Bucket:
     touched_at: float  # when its part of the space was last looked up
 
 
+def group_limit(places: int, groups: int, least: int) -> int:
+    """How many of `places` one of so many known groups may have: its share, or `least`."""
+    return max(least, -(-places // groups))
+
+
 class RoutingTable:
     """At most K contacts a bucket, a bucket for each length of common prefix."""
 
@@ -65,7 +70,7 @@ class RoutingTable:
         self._own = peer_position(own_peer_id)
         self._k = k
         self._buckets: dict[int, _Bucket] = {}
-        self._size = 0
+        self._contacts: dict[str, Contact] = {}  # all of them
         self._groups: Counter[str] = Counter()
 
     @property
@@ -73,17 +78,25 @@ class RoutingTable:
         """Ours."""
         return self._own
 
+    @property
+    def buckets(self) -> int:
+        """How many buckets have contacts."""
+        return len(self._buckets)
+
+    @property
+    def groups(self) -> int:
+        """How many IP groups the contacts are of."""
+        return len(self._groups)
+
     def __len__(self) -> int:
-        return self._size
+        return len(self._contacts)
 
     def __iter__(self) -> Iterator[Contact]:
-        for bucket in self._buckets.values():
-            yield from bucket.contacts.values()
+        return iter(self._contacts.values())
 
     def get(self, peer_id: str) -> Contact | None:
         """The contact of that id, if it is in the table."""
-        bucket = self._buckets.get(self._number(peer_id))
-        return bucket.contacts.get(peer_id) if bucket else None
+        return self._contacts.get(peer_id)
 
     def has_room(self, peer_id: str) -> bool:
         """Whether a newcomer of that id would come in at once, its group permitting."""
@@ -92,12 +105,10 @@ class RoutingTable:
 
     def admits(self, contact: Contact) -> bool:
         """Whether its IP group has a place for that contact."""
-        bucket = self._buckets.get(self._number(contact.peer_id))
-        of_group = [] if bucket is None else bucket.contacts.values()
-        others = sum(c.group == contact.group for c in of_group if c.peer_id != contact.peer_id)
         known = self.get(contact.peer_id)
         itself = known is not None and known.group == contact.group
-        return others < GROUP_BUCKET_MAX and self._groups[contact.group] - itself < GROUP_TABLE_MAX
+        groups = len(self._groups) + (contact.group not in self._groups)
+        return self._groups[contact.group] - itself < group_limit(K, groups, GROUP_TABLE_MAX)
 
     def seen(self, contact: Contact) -> Contact | None:
         """A server showed signs of life.
@@ -124,6 +135,7 @@ class RoutingTable:
                     contact = replace(contact, addrs=known.addrs)
             self._put_in(bucket, contact)
             bucket.spares.pop(contact.peer_id, None)
+            self._prune()
             return None
         bucket.spares.pop(contact.peer_id, None)
         if len(bucket.spares) >= _SPARES_MAX:
@@ -136,7 +148,8 @@ class RoutingTable:
         contact = self.get(peer_id)
         if contact is not None and addrs and addrs != contact.addrs:
             bucket = self._buckets[self._number(peer_id)]
-            bucket.contacts[peer_id] = replace(contact, addrs=addrs)  # keeps its place
+            # It keeps its place.
+            bucket.contacts[peer_id] = self._contacts[peer_id] = replace(contact, addrs=addrs)
 
     def remove(self, peer_id: str) -> None:
         """A peer is gone or silent; the latest that waited and may takes its place."""
@@ -177,21 +190,32 @@ class RoutingTable:
 
     def check(self) -> None:
         """Raises AssertionError if an invariant does not hold."""
-        assert self._size == sum(len(b.contacts) for b in self._buckets.values())
+        in_buckets = [c for bucket in self._buckets.values() for c in bucket.contacts.values()]
+        assert len(in_buckets) == len(self._contacts)
+        assert all(self._contacts[contact.peer_id] is contact for contact in in_buckets)
         groups: Counter[str] = Counter()
         for number, bucket in self._buckets.items():
             assert 0 <= number < POSITION_BITS, "we are in our own table"
             assert 0 < len(bucket.contacts) <= self._k
             assert len(bucket.spares) <= _SPARES_MAX
-            in_bucket = Counter(contact.group for contact in bucket.contacts.values())
-            assert max(in_bucket.values()) <= GROUP_BUCKET_MAX, "one IP group fills a bucket"
-            groups += in_bucket
+            groups.update(contact.group for contact in bucket.contacts.values())
             for peer_id, contact in (bucket.contacts | bucket.spares).items():
                 assert contact.peer_id == peer_id
                 assert self._number(peer_id) == number
             assert not bucket.contacts.keys() & bucket.spares.keys()
         assert groups == self._groups
-        assert max(groups.values(), default=0) <= GROUP_TABLE_MAX, "one IP group fills the table"
+        limit = group_limit(K, max(1, len(groups)), GROUP_TABLE_MAX)
+        # A group may have gone meanwhile, or have made room for a spare of another.
+        assert max(groups.values(), default=0) <= limit, "one IP group fills the table"
+
+    def _prune(self) -> None:
+        """A new group has come: others that had more than their places give them back."""
+        limit = group_limit(K, len(self._groups), GROUP_TABLE_MAX)
+        over = [group for group, count in self._groups.items() if count > limit]
+        for group in over:
+            members = [contact for contact in self if contact.group == group]
+            for contact in members[limit:]:
+                self.remove(contact.peer_id)
 
     def _outwards(self, target: int) -> Iterator[Iterable[Contact]]:
         # Contacts in shells about a target that shares b bits with us, the nearest
@@ -206,13 +230,12 @@ class RoutingTable:
             yield self._buckets[number].contacts.values()
 
     def _put_in(self, bucket: _Bucket, contact: Contact) -> None:
-        bucket.contacts[contact.peer_id] = contact
-        self._size += 1
+        bucket.contacts[contact.peer_id] = self._contacts[contact.peer_id] = contact
         self._groups[contact.group] += 1
 
     def _take_out(self, bucket: _Bucket, peer_id: str) -> None:
         contact = bucket.contacts.pop(peer_id)
-        self._size -= 1
+        del self._contacts[peer_id]
         self._groups[contact.group] -= 1
         if not self._groups[contact.group]:
             del self._groups[contact.group]

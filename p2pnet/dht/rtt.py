@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Past its *patience* a request no longer holds a lookup up: another peer is
-# asked beside it, and its answer is still taken. Past its *timeout* the peer is
-# given up. The two are apart because a busy volunteer often stalls for a second,
-# and giving it up costs a connection.
+# Past its *hedge* another peer is asked beside the one that was. Past its
+# *patience* a lookup no longer waits for an answer, but still takes it. Past its
+# *timeout* the peer is given up. The last two are apart because a busy volunteer
+# often stalls for a second, and giving it up costs a connection.
+HEDGE_S_MAX = 0.1
 PATIENCE_S_MIN = 0.03
 PATIENCE_S_MAX = 1.0  # RFC 6298's first timeout
 TIMEOUT_S_MIN = 2.0
@@ -72,18 +73,24 @@ class RoundTrips:
         else:
             self._swarm.add(round_trip_s)
 
+    def hedge_s(self, peer_id: str) -> float:
+        """After how many seconds to ask another peer beside that one."""
+        return min(self.patience_s(peer_id), HEDGE_S_MAX)
+
     def patience_s(self, peer_id: str) -> float:
         """After how many seconds an answer of that peer is overdue."""
-        estimate = self._peers.get(peer_id)
-        if estimate is not None:
-            limit_s = estimate.limit_s()
-        elif self._swarm is not None and self._samples >= _SAMPLES_MIN:
-            limit_s = _STRANGER_FACTOR * self._swarm.limit_s()
-        else:
-            limit_s = PATIENCE_S_MAX
-        return min(max(limit_s, PATIENCE_S_MIN), PATIENCE_S_MAX)
+        return min(max(self._limit_s(peer_id), PATIENCE_S_MIN), PATIENCE_S_MAX)
 
     def timeout_s(self, peer_id: str) -> float:
         """After how many seconds that peer is given up."""
-        wanted = _TIMEOUT_PATIENCES * self.patience_s(peer_id)
-        return min(max(wanted, TIMEOUT_S_MIN), TIMEOUT_S_MAX)
+        wanted_s = _TIMEOUT_PATIENCES * self._limit_s(peer_id)
+        return min(max(wanted_s, TIMEOUT_S_MIN), TIMEOUT_S_MAX)
+
+    def _limit_s(self, peer_id: str) -> float:
+        # How long an answer may well take.
+        estimate = self._peers.get(peer_id)
+        if estimate is not None:
+            return estimate.limit_s()
+        if self._swarm is not None and self._samples >= _SAMPLES_MIN:
+            return _STRANGER_FACTOR * self._swarm.limit_s()
+        return TIMEOUT_S_MAX  # nothing is known: the peer may be far away, and is to be dialled

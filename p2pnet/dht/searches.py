@@ -48,6 +48,7 @@ class Search(ABC):
         timeout_s: float,
         *,
         holders: int = 0,
+        narrow: int = 0,
     ) -> None:
         self.local = local
         self.key = key
@@ -60,6 +61,7 @@ class Search(ABC):
             width=K,
             group_of=local.group_of,
             holders=holders,
+            narrow=narrow,
             shy=local.is_stalled,
         )
         self.answers = 0
@@ -90,8 +92,13 @@ class Search(ABC):
         self.lookup.failed(peer_id)
         return self._go_on(now)
 
+    def slow(self, peer_id: str, now: float) -> list[Ask]:
+        """A request takes longer than most."""
+        self.lookup.slow(peer_id)
+        return self._go_on(now)
+
     def overdue(self, peer_id: str, now: float) -> list[Ask]:
-        """A request takes long."""
+        """A request takes longer than it should."""
         self.lookup.overdue(peer_id)
         return self._go_on(now)
 
@@ -102,9 +109,8 @@ class Search(ABC):
     def _go_on(self, now: float) -> list[Ask]:
         if self.over:
             return []
-        if self.lookup.done:
-            return self._converged(now)
-        return [Ask(peer, self._ask(peer)) for peer in self.lookup.next()]
+        asks = [Ask(peer, self._ask(peer)) for peer in self.lookup.next()]
+        return self._converged(now) if not asks and self.lookup.done else asks
 
     def _ask(self, peer: PeerInfo) -> Message:
         """What a peer on the way is asked."""
@@ -128,7 +134,9 @@ class Search(ABC):
         self.over = True
 
     def _nobody_answered(self) -> bool:
-        return self.answers == 0 and not self.lookup.asked_nobody
+        # A server may be the first of its network; a client has to know somebody.
+        alone = self.lookup.asked_nobody and self.local.server
+        return self.answers == 0 and not alone
 
 
 class NodeSearch(Search):
@@ -173,7 +181,12 @@ class RecordSearch(Search):
     def __init__(
         self, local: Local, key: bytes, now: float, timeout_s: float, *, quorum: int = QUORUM
     ) -> None:
-        super().__init__(local, key, Kind.GET_VALUE, now, timeout_s, holders=REPLICAS)
+        # Mostly the nearest that we know are the holders, and no more are asked than have
+        # to answer. What they give is signed; only that they have nothing may be a lie.
+        narrow = min(quorum, REPLICAS)
+        super().__init__(
+            local, key, Kind.GET_VALUE, now, timeout_s, holders=REPLICAS, narrow=narrow
+        )
         self.quorum = quorum
         self._records: list[OpenRecord] = []
         self._copies: dict[str, dict[str, tuple[int, int, bytes]]] = {}
@@ -203,9 +216,11 @@ class RecordSearch(Search):
         if self.result is None and self._records and self.lookup.quorum(self.quorum, REPLICAS):
             self.result = Records(tuple(self._live(now)), len(self._copies))
         if self.result is None:
+            if not self._records and len(self._copies) >= self.quorum:
+                self.lookup.widen()
             return super()._go_on(now)
         # Only what is under way is still heard.
-        return [] if self.lookup.flying else self._converged(now)
+        return [] if self.lookup.awaited else self._converged(now)
 
     def _converged(self, now: float) -> list[Ask]:
         if self._nobody_answered():

@@ -31,6 +31,7 @@ from p2pnet.errors import (
     LocalError,
     MalformedError,
     P2PNetError,
+    RefusedError,
     RemoteError,
     UnreachableError,
 )
@@ -512,6 +513,8 @@ class Dht:
         self._feed(ev.RequestArrived(request_id, peer_id, message, self._wall_ms(), addr))
         reply = self._replies.pop(request_id)
         if isinstance(reply, MalformedError):
+            if message.kind is Kind.PUT_VALUE:  # a stock peer's value, perhaps: no offence
+                raise RefusedError(str(reply))
             raise reply
         self._counts["requests_answered"] += 1
         addrs = [peer.addrs for peer in message.closer[:1] if peer.peer_id == peer_id]
