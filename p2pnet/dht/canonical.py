@@ -15,7 +15,9 @@ def parse_canonical(kind: type[MessageT], data: bytes, size_bytes_max: int) -> M
     """Parses a protobuf message that must be exactly as we would have written it.
 
     Otherwise one statement could go about in many forms of bytes, each with a
-    digest of its own: a network id, for one, is such a digest.
+    digest of its own: a network id, for one, is such a digest. A field that we do not
+    know is none that we would have written; what is to be added later comes with a new
+    kind of record.
 
     Raises:
         MalformedError: too long, not that message, or written in another way.
@@ -27,6 +29,7 @@ def parse_canonical(kind: type[MessageT], data: bytes, size_bytes_max: int) -> M
         message = kind.FromString(data)
     except DecodeError:
         raise MalformedError(f"not a {name}") from None
+    message.DiscardUnknownFields()
     if message.SerializeToString(deterministic=True) != data:
         raise MalformedError(f"a {name} that is not serialised in the canonical way")
     return message

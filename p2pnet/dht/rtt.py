@@ -14,7 +14,7 @@ from dataclasses import dataclass
 # *patience* a lookup no longer waits for an answer, but still takes it. Past its
 # *timeout* the peer is given up. The last two are apart because a busy volunteer
 # often stalls for a second, and giving it up costs a connection.
-HEDGE_S_MAX = 0.1
+HEDGE_S_MAX = 0.4
 PATIENCE_S_MIN = 0.03
 PATIENCE_S_MAX = 1.0  # RFC 6298's first timeout
 TIMEOUT_S_MIN = 2.0

@@ -56,6 +56,10 @@ class _Entry:
     born: float  # `now` minus the age that it came with
     source: str
 
+    @property
+    def past(self) -> _Past:
+        return _Past((self.record.epoch, self.record.sequence), self.born)
+
 
 class RecordStore:
     """The newest record of each author under each key, while it lives."""
@@ -111,9 +115,6 @@ class RecordStore:
             if record.rank < held.record.rank:
                 return False
             source = held.source  # as in `Shares.put`
-            if (record.epoch, record.sequence) == (held.record.epoch, held.record.sequence):
-                # An author's contradicting twin must not be younger, either.
-                record = replace(record, age_s=max(record.age_s, now - held.born))
         sifted = self.sift([record], now)
         if not sifted or not self._make_room(record, held, source):
             return False
@@ -127,12 +128,13 @@ class RecordStore:
     def sift(self, records: Iterable[OpenRecord], now: float) -> list[OpenRecord]:
         """Of checked records that others passed on, those that live by what we remember.
 
-        Without those older than what was once held here, and none of them younger
-        than it was here.
+        Without those older than what is or was held here, and none of them younger
+        than it is here, or would be; nor is an author's contradicting twin of it.
         """
         good: list[OpenRecord] = []
         for record in records:
-            past = self._marks.get((record.key, record.author)) or _NEVER
+            held = self._entries.get(record.key, {}).get(record.author)
+            past = held.past if held else self._marks.get((record.key, record.author)) or _NEVER
             if (record.epoch, record.sequence) == past.rank:
                 record = replace(record, age_s=max(record.age_s, now - past.born))
             if (record.epoch, record.sequence) >= past.rank and 0 <= record.age_s < record.ttl_s:
@@ -245,8 +247,7 @@ class RecordStore:
     def _give_up(self, key: bytes, author: str) -> None:
         """Holds a record no longer, and remembers its rank."""
         entry = self._remove(key, author)
-        rank = (entry.record.epoch, entry.record.sequence)
-        self._marks.put((key, author), _Past(rank, entry.born), entry.source)
+        self._marks.put((key, author), entry.past, entry.source)
 
     def _add(self, entry: _Entry) -> None:
         record = entry.record

@@ -8,14 +8,18 @@ its key that a record would be kept on.
 
 from __future__ import annotations
 
+import random
+from bisect import bisect_left
 from collections.abc import Mapping
 
 from p2pnet.dht import events as ev
+from p2pnet.dht.keyspace import POSITION_BITS, position
 from p2pnet.dht.local import REPLICAS
-from p2pnet.keys import peer_id_bytes, peer_id_from_bytes
+from p2pnet.dht.wire import PEERS_MAX
+from p2pnet.keys import peer_id_bytes, peer_id_from_bytes, sha256
 from p2pnet.net.network import PeerInfo
 from p2pnet.sim.grow import Peer, acquainted
-from p2pnet.sim.liars import LyingRouter, SilentPeer, inventor, nearest_of
+from p2pnet.sim.liars import LyingRouter, SilentPeer, nearest_of
 from p2pnet.sim.links import Links
 from p2pnet.sim.report import Report, quantile, share
 from p2pnet.sim.scenario import Scenario
@@ -24,8 +28,34 @@ from p2pnet.sim.world import World
 
 _TIMEOUT_S = 20.0
 _PAUSE_S = 0.05
+_INVENTED = 200_000
+_INVENTED_NEAR = 400  # nearest to the key of them, to choose from
 # The multihash of an Ed25519 key, but for the key (libp2p's peer-ids spec).
 _ED25519_ID_PREFIX = bytes.fromhex("002408011220")
+
+
+class _Inventor:
+    """Names peers that do not exist, nearer to the key than any that does.
+
+    Each time others, out of a crowd that was made up beforehand.
+    """
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        ids = (_ED25519_ID_PREFIX + rng.randbytes(32) for _ in range(_INVENTED))
+        self._crowd = sorted((int.from_bytes(sha256(raw), "big"), raw) for raw in ids)
+
+    def __call__(self, key: bytes) -> list[PeerInfo]:
+        target = position(key)
+        for bits in range(POSITION_BITS):  # the smallest part of the space that has enough
+            size = 1 << bits
+            first = bisect_left(self._crowd, (target // size * size,))
+            last = bisect_left(self._crowd, ((target // size + 1) * size,))
+            if last - first >= _INVENTED_NEAR:
+                break
+        chosen = self._rng.sample(self._crowd[first:last], PEERS_MAX)
+        addr = f"/ip4/9.{self._rng.randrange(256)}.{self._rng.randrange(256)}.1/tcp/4001"
+        return [PeerInfo(peer_id_from_bytes(raw), (addr,)) for _, raw in chosen]
 
 
 class _Lookups:
@@ -50,7 +80,7 @@ class _Lookups:
         among_themselves = nearest_of(
             [PeerInfo(p.peer_id, (p.machine.addr,)) for p in liars[silent : silent + friends]]
         )
-        invented = inventor(self.world.rng_of("invented").randrange(1 << 30))
+        invented = _Inventor(self.world.rng_of("invented"))
         for number, peer in enumerate(liars):
             if number < silent:
                 SilentPeer(peer.machine)
