@@ -38,6 +38,7 @@ _GRACE_S = 1.0  # what the shell may be late with a failure
 _RUNNING_MAX = 64
 _QUEUED_MAX = 4096
 _CHECKS_MAX = 64
+_CHECK_ALL_EVERY = 32
 _AT_ONCE = 8  # requests that a peer is expected to answer as fast as one
 
 _Then = Callable[[ev.Result, float], None]
@@ -94,6 +95,7 @@ class Kademlia:
         self._checking: dict[str, None] = {}
         self._at_once: Counter[str] = Counter()  # requests under way, by peer
         self._republishing = 0
+        self._checks = 0
         self._effects: list[ev.Effect] = []
 
     def handle(self, event: ev.Event, now: float) -> Sequence[ev.Effect]:
@@ -140,11 +142,16 @@ class Kademlia:
         times += [at for at in (self._upkeep.deadline(), self._handover.next_at) if at is not None]
         return min(times, default=None)
 
-    def check(self) -> None:
-        """Raises AssertionError if an invariant does not hold."""
-        self.local.table.check()
-        self.local.store.check()
-        self.local.providers.check()
+    def check(self, *, full: bool = False) -> None:
+        """Raises AssertionError if an invariant does not hold.
+
+        Table and stores, which take long, are looked at every so often only, or if `full`.
+        """
+        self._checks += 1
+        if full or self._checks % _CHECK_ALL_EVERY == 0:
+            self.local.table.check()
+            self.local.store.check()
+            self.local.providers.check()
         assert not self._effects
         assert not any(search.over for search in self._running)
         assert all(waiting == [] or s.result is None for s, waiting in self._running.items())

@@ -108,7 +108,7 @@ class Swarm:
         core = self.cores[peer_id]
         for effect in core.handle(event, self.now):
             self._carry_out(peer_id, effect)
-        core.check()
+        core.check(full=True)
         deadline = core.deadline()
         if deadline is not None and deadline < self._ticks.get(peer_id, 1e18):
             self._ticks[peer_id] = deadline
@@ -173,7 +173,7 @@ class Swarm:
                 replies.append(effect)
             else:
                 self._carry_out(peer_id, effect)
-        served.check()
+        served.check(full=True)
         # As the shell does: who asks may come in, if it serves.
         server = core.local.server and served.wants(asker)
         event: ev.Event = ev.PeerMoved(asker, addrs_of(asker))

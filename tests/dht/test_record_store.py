@@ -204,6 +204,8 @@ def test_what_gave_way_may_come_back_but_not_younger() -> None:
 def test_what_was_once_held_is_known_when_others_answer_with_it() -> None:
     store = RecordStore(OWN)
     store.put(rec(2, 5), 0.0)
+    assert [r.age_s for r in store.sift([rec(2, 5), rec(2, 4)], 20.0)] == [20.0]
+    assert store.sift([rec(2, 5)], 61.0) == [], "expired, and not dropped yet"
     store.expire(60.0)
     assert store.sift([rec(2, 4)], 61.0) == [], "older"
     assert store.sift([rec(2, 5)], 61.0) == [], "the same, and it has expired"
