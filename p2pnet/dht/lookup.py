@@ -174,9 +174,12 @@ class Lookup:
         """Whom to ask now."""
         ask: list[PeerInfo] = []
         flying = self.flying
+        nobody_else = flying == 0
         while flying < (self._narrow or ALPHA) and self._requests_left > 0:
             candidate = self._pick(shy=False)
-            if candidate is None and flying == 0:
+            if candidate is not None:
+                nobody_else = False
+            elif nobody_else:
                 candidate = self._pick(shy=True)
             if candidate is None:
                 break

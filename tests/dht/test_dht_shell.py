@@ -8,9 +8,18 @@ from collections.abc import Awaitable, Callable
 import pytest
 import trio
 import trio.testing
-from dht_samples import CLAIMANT, STRANGER, VNODE_KEY, WALL_MS, allocation_record, keypair
+from dht_samples import (
+    CLAIMANT,
+    STRANGER,
+    VNODE_KEY,
+    WALL_MS,
+    allocation_record,
+    keypair,
+    manifest,
+)
 
-from p2pnet.dht.keyspace import record_key
+from p2pnet.dht.keyspace import record_key, vnode_key
+from p2pnet.dht.manifest import network_id_of
 from p2pnet.dht.shell import KAD_PROTOCOL, RECORD_PROTOCOL, Dht
 from p2pnet.errors import CancelledByUs, LocalError, MalformedError, UnreachableError
 from p2pnet.net.memory import MemoryFabric
@@ -80,6 +89,40 @@ def test_a_record_put_by_one_is_read_by_all() -> None:
             (record,) = await dht.get(VNODE_KEY)
             assert record.signed == allocation_record()
             assert record.author == CLAIMANT.peer_id
+
+    in_world(test)
+
+
+def records_of(count: int) -> dict[bytes, common_pb2.Signed]:
+    """Allocations of so many VNodes, by key."""
+    network = network_id_of(manifest())
+    names = [f"v{n}" for n in range(count)]
+    return {vnode_key(network, name): allocation_record(vnode=name) for name in names}
+
+
+def test_many_records_are_put_and_read_in_few_messages() -> None:
+    async def test(world: World) -> None:
+        records = records_of(60)
+        taken = await world.dhts[1].put_many(list(records.values()))
+        assert taken == [COUNT] * len(records)
+        before = world.fabric.messages()
+        found = await world.dhts[2].get_many(list(records))
+        assert {key: found[key][0].signed for key in records} == records
+        # A read of its own asks three.
+        assert world.fabric.messages() - before < len(records)
+        with pytest.raises(LocalError):
+            await world.dhts[1].put_many([common_pb2.Signed(payload=b"none")])
+
+    in_world(test)
+
+
+def test_of_many_reads_those_that_nobody_answers_are_left_out() -> None:
+    async def test(world: World) -> None:
+        for peer_id in world.ids[1:]:
+            world.fabric.kill(peer_id)
+        records = records_of(3)
+        assert await world.dhts[0].get_many(list(records)) == {}
+        assert await world.dhts[0].put_many(list(records.values())) == [1, 1, 1]  # ourselves
 
     in_world(test)
 

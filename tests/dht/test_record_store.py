@@ -332,7 +332,7 @@ def test_a_sender_has_much_at_once_but_not_for_long() -> None:
 
 def test_a_bulk_put_of_an_honest_peer_passes() -> None:
     rates = SenderRates()
-    assert all(rates.take("honest", 1, n / 200) for n in range(200 * 8))
+    assert all(rates.take("honest", 1, n / 1600) for n in range(200 * 8)), "within one second"
 
 
 def test_new_names_do_not_buy_a_new_bucket() -> None:

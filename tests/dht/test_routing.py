@@ -8,15 +8,17 @@ import pytest
 from dht_samples import keypair
 
 from p2pnet.dht.keyspace import common_prefix_bits, peer_position, position
-from p2pnet.dht.routing import Contact, RoutingTable
+from p2pnet.dht.routing import GROUP_TABLE_MAX, Contact, K, RoutingTable
 
 OWN = keypair(0).peer_id
 PEERS = [keypair(n).peer_id for n in range(1, 120)]
 
 
-def contact(peer_id: str, seen_at: float = 0.0, addrs: tuple[str, ...] = ("/a",)) -> Contact:
-    """A server."""
-    return Contact(peer_id, addrs, True, seen_at, peer_id)
+def contact(
+    peer_id: str, seen_at: float = 0.0, addrs: tuple[str, ...] = ("/a",), group: str = ""
+) -> Contact:
+    """A server, of an IP group of its own unless one is given."""
+    return Contact(peer_id, addrs, True, seen_at, group or peer_id)
 
 
 def in_bucket(bits: int) -> list[str]:
@@ -98,3 +100,32 @@ def test_any_order_of_events_keeps_the_invariants(seed: int) -> None:
         table.check()
     assert table.stale(501) == sorted(table.stale(501))
     assert len(table) > 4
+
+
+def test_an_ip_group_has_few_places_once_there_are_others() -> None:
+    table = RoutingTable(OWN)
+    crowd, others = PEERS[:40], PEERS[40:100]
+    for peer_id in crowd:  # as in a swarm of one laboratory
+        table.seen(contact(peer_id, group="crowd"))
+        table.check()
+    assert sum(c.group == "crowd" for c in table) == K
+    for peer_id in others:
+        table.seen(contact(peer_id))
+        table.check()
+    assert sum(c.group == "crowd" for c in table) == GROUP_TABLE_MAX
+    assert not table.admits(contact(crowd[-1], group="crowd"))
+    before = len(table)
+    table.seen(contact(crowd[-1], group="crowd"))
+    assert len(table) == before
+
+
+def test_a_contact_that_moves_into_a_full_group_goes() -> None:
+    table = RoutingTable(OWN)
+    for peer_id in PEERS[:60]:
+        table.seen(contact(peer_id))
+    crowd = [c.peer_id for c in table][: GROUP_TABLE_MAX + 1]
+    for peer_id in crowd:
+        table.seen(contact(peer_id, group="crowd"))
+        table.check()
+    assert table.get(crowd[-1]) is None
+    assert all(table.get(peer_id) is not None for peer_id in crowd[:-1])
