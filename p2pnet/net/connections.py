@@ -84,6 +84,7 @@ class Connection:
         self.asking = 0  # requests of ours under way
         self.used_at = trio.current_time()
         self.identity: Identity | None = None  # what the peer says of itself
+        self.identifying = trio.Lock()  # one asks for it, the others wait
         self._pools: dict[str, Pool] = {}
 
     def pool(self, protocol: str) -> Pool:

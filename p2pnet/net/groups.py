@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable
+from functools import lru_cache
 
 # (peer id, multiaddr or "") -> group
 GroupOf = Callable[[str, str], str]
@@ -16,6 +17,8 @@ _V4_BITS = 24  # what one holder commonly gets
 _V6_BITS = 48
 
 
+# Asked for at every walk along a ring or a bucket, and parsing an address takes its time.
+@lru_cache(maxsize=8192)
 def ip_group(peer_id: str, addr: str) -> str:
     """The network of a multiaddr's IP address, or the peer id where that is not public."""
     parts = addr.split("/")

@@ -1,177 +1,87 @@
 """The one door to libp2p: Noise and yamux over TCP, identify and ping.
 
-Of py-libp2p this uses the handshake, the muxer and the identify message, and
-not its host and swarm, whose defects cannot be defended against from outside:
-there a handler that raises ends the host, an inbound connection keeps its slot
-until the node stops, a silent peer blocks `connect()` and `close()` for ever,
-and addresses are dialled as it sees fit. `swarm.Swarm` takes their place.
+Of py-libp2p this uses the handshake and the identify message, and not its host and
+swarm, whose defects cannot be defended against from outside: there a handler that
+raises ends the host, an inbound connection keeps its slot until the node stops, a
+silent peer blocks `connect()` and `close()` for ever, and addresses are dialled as
+it sees fit. `swarm.Swarm` takes their place, and `muxed` that of its muxer.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import cast
+from typing import Any
 
 import trio
 from google.protobuf.message import DecodeError
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_x25519
-from libp2p.custom_types import TProtocol
 from libp2p.identity.identify.pb.identify_pb2 import Identify
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
-from libp2p.protocol_muxer.generic_selector import GenericMultistreamSelector
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as Noise
-from libp2p.security.security_multistream import SecurityMultistream
-from libp2p.stream_muxer.exceptions import MuxedStreamEOF
-from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
-from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
 
 from p2pnet.errors import MalformedError, RemoteError, UnreachableError
 from p2pnet.keys import KeyPair, public_key_of, short
 from p2pnet.net import multiaddr
 from p2pnet.net.connections import Connection, Identity
-from p2pnet.net.network import MESSAGE_BYTES_MAX
-from p2pnet.net.streams import Conversation, propose
+from p2pnet.net.muxed import MuxedConnection, SecureChannel
+from p2pnet.net.streams import ByteStream, Conversation, agreed, proposal, propose, settle
 from p2pnet.net.swarm import Swarm
 from p2pnet.net.varint import frame
 
 _log = logging.getLogger(__name__)
 
 _READ_BYTES = 64 * 1024
-_FRAME_WRITE_S = 10.0  # a peer that takes no frame for so long is gone
-_BUFFER_BYTES_MAX = 4 * MESSAGE_BYTES_MAX  # received on a connection and not yet read
 _IDENTIFY_S = 10.0
 _ADDRS_MAX = 16  # a peer's, of those that it names
+_PROTOCOLS_MAX = 1024
 _PING_BYTES = 32
 _AGENT = "p2pnet"
+_YAMUX = "/yamux/1.0.0"
 _IDENTIFY = "/ipfs/id/1.0.0"
 _PING = "/ipfs/ping/1.0.0"
 _ED25519_PUBLIC_KEY_PREFIX = bytes.fromhex("08011220")  # libp2p's PublicKey protobuf
 
 
 class _Tcp(TrioTCPStream):
-    """Reads ahead: Noise asks for two bytes, then for a body, each a system call."""
+    """What the handshake is made over, from the proposal of it on.
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    The proposal goes out with the first message: two round trips less. And it reads
+    ahead: the library asks for two bytes, then for a body, each a system call.
+    """
+
+    def __init__(self, stream: trio.SocketStream, proposed: str = "") -> None:
         super().__init__(stream)
-        self.heard_at = trio.current_time()
-        self._ahead = bytearray()
-
-    async def read(self, n: int | None = None) -> bytes:
-        if not self._ahead:
-            self._ahead += await super().read(_READ_BYTES)
-            self.heard_at = trio.current_time()
-        data = bytes(self._ahead[:n])
-        del self._ahead[:n]
-        return data
-
-
-class _Yamux(Yamux):
-    """Yamux whose writes are never cut short and whose buffers have a limit."""
-
-    broken = False  # a write has failed; the reader may not know it yet
-
-    async def _write_frame(self, data: bytes) -> None:
-        # Half a frame would break the connection for everybody on it, so a task
-        # that is cancelled finishes its frame first (a read writes frames too).
-        # A peer that does not take it in time loses the connection.
-        with trio.move_on_after(_FRAME_WRITE_S) as scope:
-            scope.shield = True
-            try:
-                await super()._write_frame(data)
-            except Exception:
-                self.broken = True
-                raise
-        if scope.cancelled_caught:
-            self.broken = True
-            await self.secured_conn.close()
-
-    async def _read_data_body(self, length: int) -> bytes:
-        # The library only warns of a peer that ignores its window.
-        if length + sum(map(len, self.stream_buffers.values())) > _BUFFER_BYTES_MAX:
-            raise trio.TooSlowError  # the one error at which the caller closes the connection
-        return await super()._read_data_body(length)
-
-
-class _Stream:
-    """A `streams.ByteStream` over a yamux stream."""
-
-    def __init__(self, yamux: YamuxStream) -> None:
-        self._yamux = yamux
-
-    async def read(self) -> bytes:
-        try:
-            return await self._yamux.read(_READ_BYTES)
-        except MuxedStreamEOF:
-            return b""
-        except Exception as error:
-            raise UnreachableError("the stream was reset") from error
+        self.ahead = b""
+        self._proposed = proposed
+        self._first = proposal(proposed) if proposed else b""
 
     async def write(self, data: bytes) -> None:
-        try:
-            await self._yamux.write(data)
-        except Exception as error:
-            raise UnreachableError("the stream was reset") from error
+        data, self._first = self._first + data, b""
+        await super().write(data)
 
-    async def close(self) -> None:
-        await _quietly(self._yamux.close)
+    async def read(self, n: int | None = None) -> bytes:
+        if self._proposed:
+            proposed, self._proposed = self._proposed, ""
+            talk = Conversation(self)
+            await agreed(talk, proposed)
+            self.ahead = talk.rest()
+        if not self.ahead:
+            self.ahead = await super().read(_READ_BYTES)
+        data, self.ahead = self.ahead[:n], self.ahead[n:] if n is not None else b""
+        return data
 
     async def reset(self) -> None:
-        await _quietly(self._yamux.reset)
-        # A reader that the end of the stream woke up has left this behind.
-        self._yamux.conn.stream_events.pop(self._yamux.stream_id, None)
+        """Nothing: the socket's owner does."""
 
     def usable(self) -> bool:
-        return not (self._yamux.closed or self._yamux.recv_closed or self._yamux.send_closed)
-
-
-async def _quietly(end: Callable[[], Awaitable[None]]) -> None:
-    try:
-        await end()
-    except Exception as error:
-        _log.debug("while ending a stream: %r", error)
-
-
-class _Muxed:
-    """A `connections.Muxed` over yamux."""
-
-    def __init__(self, yamux: _Yamux, tcp: _Tcp) -> None:
-        self._yamux = yamux
-        self._tcp = tcp
-
-    @property
-    def peer_id(self) -> str:
-        return self._yamux.peer_id.to_base58()
-
-    @property
-    def heard_at(self) -> float:
-        return self._tcp.heard_at
-
-    async def run(self) -> None:
-        await self._yamux.start()
-
-    async def ready(self) -> None:
-        await self._yamux.event_started.wait()
-
-    def alive(self) -> bool:
-        return not (self._yamux.broken or self._yamux.event_shutting_down.is_set())
-
-    async def open_stream(self) -> _Stream:
-        try:
-            return _Stream(await self._yamux.open_stream())
-        except Exception as error:
-            raise UnreachableError("the connection is gone") from error
-
-    async def accept_stream(self) -> _Stream:
-        try:
-            return _Stream(cast(YamuxStream, await self._yamux.accept_stream()))
-        except Exception as error:
-            raise UnreachableError("the connection is gone") from error
+        """As far as is known."""
+        return True
 
 
 class _Upgrader:
@@ -179,37 +89,51 @@ class _Upgrader:
     of security protocols has plaintext in it)."""
 
     def __init__(self, keypair: KeyPair) -> None:
-        noise = Noise(create_new_key_pair(keypair.seed), noise_privkey=create_x25519().private_key)
-        self._security = SecurityMultistream({NOISE: noise})
-        self._muxers: GenericMultistreamSelector[type[_Yamux]] = GenericMultistreamSelector()
-        self._muxers.add_handler(TProtocol(YAMUX), _Yamux)
+        keys = create_new_key_pair(keypair.seed)
+        self._noise = Noise(keys, noise_privkey=create_x25519().private_key)
 
-    async def __call__(self, tcp: trio.SocketStream, peer_id: str | None) -> _Muxed:
-        stream = _Tcp(tcp)
-        raw = RawConnection(stream, initiator=peer_id is not None)
+    async def __call__(self, tcp: trio.SocketStream, peer_id: str | None) -> MuxedConnection:
+        initiator = peer_id is not None
+        stream = _Tcp(tcp, NOISE if initiator else "")
+        raw = RawConnection(stream, initiator)
+        secure: Any
         if peer_id is not None:
-            secure = await self._security.secure_outbound(raw, ID.from_base58(peer_id))
+            secure = await self._noise.secure_outbound(raw, ID.from_base58(peer_id))
         else:
-            secure = await self._security.secure_inbound(raw)
-        await self._muxers.select(secure, peer_id is not None)
-        remote = secure.get_remote_peer()
-        return _Muxed(_Yamux(secure, remote, is_initiator=peer_id is not None), stream)
+            stream.ahead = (await _settled(stream, NOISE)).rest()
+            secure = await self._noise.secure_inbound(raw)
+        # From here on the library's session only gives its keys: see `muxed`.
+        channel = SecureChannel(tcp, stream.ahead, secure.conn.noise_state)
+        talk = await (propose if initiator else _settled)(channel, _YAMUX)
+        remote = secure.get_remote_peer().to_base58()
+        return MuxedConnection(channel, remote, initiator=initiator, ahead=talk.rest())
+
+
+async def _settled(stream: ByteStream, protocol: str) -> Conversation:
+    """The answering side of `propose`."""
+    talk = Conversation(stream)
+    if await settle(talk, (protocol,)) is None:
+        raise UnreachableError("the peer hung up")
+    return talk
 
 
 class Libp2pNetwork(Swarm):
     """`network.Network` among libp2p peers. Made by `open_network`."""
+
+    async def connect(self, peer_id: str, addrs: Sequence[str], *, timeout_s: float) -> None:
+        """See `Network.connect`. Who was dialled is asked at once what it speaks, so that
+        the answer comes with that to the first request."""
+        known = self._connections.best(peer_id) is not None
+        await super().connect(peer_id, addrs, timeout_s=timeout_s)
+        if not known and (connection := self._connections.best(peer_id)) is not None:
+            self._nursery.start_soon(_identify, connection, _IDENTIFY_S)
 
     async def protocols(self, peer_id: str, *, timeout_s: float) -> tuple[str, ...]:
         """What a peer says that it speaks (libp2p's identify), sorted; empty if unknown."""
         connection = self._connections.best(peer_id)
         if connection is None:
             return ()
-        if connection.identity is None:
-            with trio.move_on_after(timeout_s):
-                try:
-                    connection.identity = await _ask_identify(connection)
-                except RemoteError as error:
-                    _log.debug("peer %s does not identify itself: %s", short(peer_id), error)
+        await _identify(connection, timeout_s)
         return connection.identity.protocols if connection.identity else ()
 
     def listen_addrs(self, peer_id: str) -> tuple[str, ...]:
@@ -235,6 +159,20 @@ class Libp2pNetwork(Swarm):
         await talk.stream.write(frame(message.SerializeToString()))
 
 
+async def _identify(connection: Connection, timeout_s: float) -> None:
+    """Asks a peer who it is, unless that is known."""
+    if connection.identity is not None:
+        return
+    with trio.move_on_after(timeout_s):
+        async with connection.identifying:
+            if connection.identity is None:
+                try:
+                    connection.identity = await _ask_identify(connection)
+                except RemoteError as error:
+                    who = short(connection.peer_id)
+                    _log.debug("peer %s does not identify itself: %s", who, error)
+
+
 async def _ask_identify(connection: Connection) -> Identity:
     stream = await connection.muxed.open_stream()
     try:
@@ -245,8 +183,12 @@ async def _ask_identify(connection: Connection) -> Identity:
         raise MalformedError("not an identify message") from None
     finally:
         await stream.reset()
+    names = message.protocols
+    # Identify is proto2: a string that is not UTF-8 is not refused, but comes as bytes.
+    if len(names) > _PROTOCOLS_MAX or not all(isinstance(name, str) for name in names):
+        raise MalformedError("an identify message with too many protocols, or odd ones")
     addrs = multiaddr.readable(message.listen_addrs, connection.peer_id, _ADDRS_MAX)
-    return Identity(tuple(sorted(set(message.protocols))), addrs)
+    return Identity(tuple(sorted(set(names))), addrs)
 
 
 async def _echo(talk: Conversation, peer_id: str) -> None:

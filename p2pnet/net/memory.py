@@ -13,7 +13,14 @@ from collections.abc import Callable, Sequence
 
 import trio
 
-from p2pnet.errors import LocalError, MalformedError, RemoteError, UnreachableError, UsageError
+from p2pnet.errors import (
+    LocalError,
+    MalformedError,
+    RefusedError,
+    RemoteError,
+    UnreachableError,
+    UsageError,
+)
 from p2pnet.keys import KeyPair, short
 from p2pnet.net import multiaddr
 from p2pnet.net.network import MESSAGE_BYTES_MAX, ConnectionChange, Handler
@@ -257,6 +264,8 @@ class MemoryNetwork:
             return await handler(asker, message)
         except LocalError as error:
             _log.warning("could not serve peer %s: %s", short(asker), error)
+        except (UnreachableError, RefusedError) as error:
+            _log.debug("a request of peer %s: %s", short(asker), error)
         except RemoteError:
             self._offences[asker] += 1
         except Exception:

@@ -12,7 +12,8 @@ from typing import Protocol
 
 # A handler gets the authenticated peer id and one message, and returns the
 # reply (None: nothing to say, as kad-dht's ADD_PROVIDER). A RemoteError that it
-# raises resets the stream and counts against the peer; it never kills the node.
+# raises resets the stream and counts against the peer, unless it is a RefusedError,
+# for what an honest peer may ask; it never kills the node.
 Handler = Callable[[str, bytes], Awaitable[bytes | None]]
 
 MESSAGE_BYTES_MAX = 1 << 20

@@ -8,7 +8,8 @@ costs several times a request. Knows nothing of libp2p; runs on trio.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping
+from contextlib import asynccontextmanager
 from typing import Protocol
 
 import trio
@@ -107,6 +108,11 @@ class Conversation:
         data, self._ahead = self._ahead[:size], self._ahead[size:]
         return data
 
+    def rest(self) -> bytes:
+        """What was read from the stream and not yet looked at."""
+        data, self._ahead = self._ahead, b""
+        return data
+
     async def _more(self) -> bool:
         data = await self.stream.read()
         self._ahead += data
@@ -137,27 +143,35 @@ async def answer(stream: ByteStream, peer_id: str, handlers: Mapping[str, Stream
     """
     talk = Conversation(stream)
     with trio.move_on_after(_NEGOTIATION_S) as scope:
-        handler = await _settle(talk, handlers)
+        protocol = await settle(talk, handlers)
     if scope.cancelled_caught:
         raise MalformedError("a stream whose protocol was not settled in time")
-    if handler is not None:
-        await handler(talk, peer_id)
+    if protocol is not None:
+        await handlers[protocol](talk, peer_id)
 
 
-async def _settle(
-    talk: Conversation, handlers: Mapping[str, StreamHandler]
-) -> StreamHandler | None:
+async def settle(talk: Conversation, spoken: Container[str]) -> str | None:
+    """The first of the `spoken` protocols that the peer asks for; None if it asks no more.
+
+    Raises:
+        MalformedError: not multistream-select, or too many unknown protocols.
+    """
     if (hello := await talk.line()) is None:
         return None
     if hello != _MULTISTREAM:
         raise MalformedError("a stream that does not begin with multistream-select")
     await talk.stream.write(_framed(_MULTISTREAM))
-    for _ in range(_PROPOSALS_MAX):
-        if (proposal := await talk.line()) is None:
-            return None
-        if proposal in handlers:
+    for turn in range(_PROPOSALS_MAX):
+        try:
+            if (proposal := await talk.line()) is None:
+                return None
+        except MalformedError:
+            if turn == 0:
+                raise
+            return None  # the message that it sent along with a proposal we do not speak
+        if proposal in spoken:
             await talk.stream.write(_framed(proposal))
-            return handlers[proposal]
+            return proposal
         await talk.stream.write(_framed(_NOT_AVAILABLE))
     raise MalformedError("a peer that asks for one unknown protocol after another")
 
@@ -169,29 +183,51 @@ async def propose(stream: ByteStream, protocol: str, first: bytes = b"") -> Conv
         NotSpokenError: the peer does not speak the protocol.
         UnreachableError: the stream ended.
     """
-    await stream.write(_framed(_MULTISTREAM) + _framed(protocol) + first)
+    await stream.write(proposal(protocol) + first)
     talk = Conversation(stream)
+    await agreed(talk, protocol)
+    return talk
+
+
+def proposal(protocol: str) -> bytes:
+    """What asks for a protocol. What is meant for it may be sent right after."""
+    return _framed(_MULTISTREAM) + _framed(protocol)
+
+
+async def agreed(talk: Conversation, protocol: str) -> None:
+    """Returns when the peer has agreed to a `proposal`; raises as `propose` does."""
     for expected in (_MULTISTREAM, protocol):
         got = await talk.line()
         if got is None:
             raise UnreachableError("the peer closed the stream")
         if got != expected:
             raise NotSpokenError(f"the peer does not speak {protocol}")
-    return talk
 
 
 class Pool:
     """The streams of one connection for one protocol, kept between requests.
 
     A stream carries one request at a time, so each has one writer. A caller of
-    `ask` holds one of the `slots`.
+    `ask` holds a `slot`; one who is cancelled ends the stream and harms no other.
     """
 
     def __init__(self, open_stream: Callable[[], Awaitable[ByteStream]], protocol: str) -> None:
-        self.slots = trio.Semaphore(_STREAMS_PER_PROTOCOL)
+        self._slots = trio.Semaphore(_STREAMS_PER_PROTOCOL)
         self._open_stream = open_stream
         self._protocol = protocol
         self._idle: list[Conversation] = []
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        """The right to one request at a time; waits while all are taken."""
+        try:
+            self._slots.acquire_nowait()  # saves a turn of the event loop
+        except trio.WouldBlock:
+            await self._slots.acquire()
+        try:
+            yield
+        finally:
+            self._slots.release()
 
     async def ask(self, message: bytes, *, wants_reply: bool) -> bytes:
         """Sends a message and returns the reply, or b"" where none is wanted.
@@ -209,8 +245,7 @@ class Pool:
                 await talk.stream.reset()
                 continue
             try:
-                await talk.stream.write(frame(message))
-                return await self._reply(talk)
+                return await self._exchange(talk, frame(message))
             except UnreachableError:
                 break
         stream = await self._open_stream()
@@ -221,17 +256,18 @@ class Pool:
         except BaseException:
             await stream.reset()
             raise
-        return await self._reply(talk)
+        return await self._exchange(talk)
 
-    async def _reply(self, talk: Conversation) -> bytes:
+    async def _exchange(self, talk: Conversation, request: bytes = b"") -> bytes:
         try:
+            if request:
+                await talk.stream.write(request)
             reply = await talk.message(float("inf"))  # the caller has the deadline
+            if reply is None:
+                raise UnreachableError("the peer ended the stream without a reply")
         except BaseException:
             await talk.stream.reset()
             raise
-        if reply is None:
-            await talk.stream.reset()
-            raise UnreachableError("the peer ended the stream without a reply")
         self._idle.append(talk)
         return reply
 
@@ -240,11 +276,20 @@ async def _end(talk: Conversation) -> bytes:
     """Ends a stream whose one message wants no reply, and waits until the peer has done so.
 
     That tells that the message was read. The stream cannot be kept: some peers answer
-    all the same (py-libp2p echoes an ADD_PROVIDER), and that is not the next reply.
+    all the same (py-libp2p echoes an ADD_PROVIDER, then resets), and that is not the
+    next reply.
+
+    Raises:
+        UnreachableError: the peer ended the stream at once: it did not take the message.
     """
     await talk.stream.close()
-    while await talk.stream.read():
-        pass
+    answered = False
+    try:
+        while await talk.stream.read():
+            answered = True
+    except UnreachableError:
+        if not answered:
+            raise
     await talk.stream.reset()
     return b""
 

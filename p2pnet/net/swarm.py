@@ -18,6 +18,7 @@ from p2pnet.errors import (
     CancelledByUs,
     LocalError,
     MalformedError,
+    RefusedError,
     RemoteError,
     ResourceError,
     UnreachableError,
@@ -145,7 +146,8 @@ class Swarm:
                 # one. If it lives, the peer has had its chance.
                 if connection.live or trio.current_time() >= deadline:
                     raise
-        await self.connect(peer_id, addrs, timeout_s=deadline - trio.current_time())
+        left_s = max(0.0, deadline - trio.current_time())
+        await self.connect(peer_id, addrs, timeout_s=left_s)
         if (connection := self._connections.best(peer_id)) is None:
             raise UnreachableError(f"peer {short(peer_id)} closed the connection at once")
         return await self._ask(connection, protocol, message, wants_reply, deadline)
@@ -153,49 +155,32 @@ class Swarm:
     async def _ask(
         self, connection: Connection, protocol: str, message: bytes, wants_reply: bool, by: float
     ) -> bytes:
-        # A task of our own does it: a caller that is cancelled meanwhile (a lookup
-        # that has heard enough) must not leave a request cut off in the middle.
-        result: list[bytes | RemoteError] = []
-        done = trio.Event()
-        begun = False
-
-        async def ask() -> None:
-            nonlocal begun
-            connection.asking += 1
-            try:
-                with trio.CancelScope(deadline=by):
-                    pool = connection.pool(protocol)
-                    async with pool.slots:
-                        begun = True
-                        result.append(await pool.ask(message, wants_reply=wants_reply))
-            except RemoteError as error:
-                result.append(error)
-            finally:
-                connection.asking -= 1
-                connection.used_at = trio.current_time()
-                if begun and not result:
-                    self._unanswered(connection)
-                done.set()
-
-        self._nursery.start_soon(ask)
-        with trio.CancelScope(deadline=by):
-            await done.wait()
         who = f"peer {short(connection.peer_id)}"
-        if not result:
-            if begun:  # else only our own queue was too long
-                self._unanswered(connection)
-            raise UnreachableError(f"{who} did not answer in time")
-        match result[0]:
-            case bytes() as reply:
-                return reply
-            case UnreachableError() as error:
-                if not connection.muxed.alive():  # seen here first
-                    self._connections.end(connection)
-                raise UnreachableError(f"{who} did not answer: {error}") from error
-            case error:
-                if not isinstance(error, NotSpokenError):
-                    self._connections.offence(connection.peer_id, str(error))
-                raise MalformedError(f"{who}: {error}") from error
+        pool = connection.pool(protocol)
+        begun = False
+        reply = b""
+        connection.asking += 1
+        try:
+            with trio.CancelScope(deadline=by) as scope:
+                async with pool.slot():
+                    begun = True
+                    reply = await pool.ask(message, wants_reply=wants_reply)
+        except UnreachableError as error:
+            if not connection.muxed.alive():  # seen here first
+                self._connections.end(connection)
+            raise UnreachableError(f"{who} did not answer: {error}") from error
+        except RemoteError as error:
+            if not isinstance(error, NotSpokenError):
+                self._connections.offence(connection.peer_id, str(error))
+            raise MalformedError(f"{who}: {error}") from error
+        finally:
+            connection.asking -= 1
+            connection.used_at = trio.current_time()
+        if not scope.cancelled_caught:
+            return reply
+        if begun:  # else only our own queue was too long
+            self._unanswered(connection)
+        raise UnreachableError(f"{who} did not answer in time")
 
     def _unanswered(self, connection: Connection) -> None:
         """A request got no answer in time: by a peer that is slow, or by one that is gone.
@@ -222,7 +207,8 @@ class Swarm:
                 for i, addr in enumerate(candidates):
                     if self._connections.best(peer_id) is not None:
                         return
-                    share_s = (scope.deadline - trio.current_time()) / (len(candidates) - i)
+                    left_s = max(0.0, scope.deadline - trio.current_time())
+                    share_s = left_s / (len(candidates) - i)
                     with trio.move_on_after(share_s) as turn:
                         try:
                             await self._dial(peer_id, addr)
@@ -333,8 +319,10 @@ class Swarm:
                 connection.settled.set()
                 while True:
                     stream = await connection.muxed.accept_stream()
-                    full = self._answering >= self._inbound_streams_max
-                    if full or connection.answering >= _CONNECTION_STREAMS_MAX:
+                    if self._is_full(connection):
+                        # Streams that have just ended count themselves out first.
+                        await trio.lowlevel.checkpoint()
+                    if self._is_full(connection):
                         await stream.reset()
                     else:
                         nursery.start_soon(self._answer, connection, stream)
@@ -344,6 +332,11 @@ class Swarm:
         finally:
             self._connections.end(connection)
             connection.settled.set()
+
+    def _is_full(self, connection: Connection) -> bool:
+        """Whether a peer may open no more streams."""
+        full = self._answering >= self._inbound_streams_max
+        return full or connection.answering >= _CONNECTION_STREAMS_MAX
 
     async def _answer(self, connection: Connection, stream: ByteStream) -> None:
         """The guard: whatever happens on a stream ends that stream, and no more."""
@@ -358,7 +351,7 @@ class Swarm:
                 with trio.move_on_after(_LINGER_S):
                     while await stream.read():
                         pass
-            except UnreachableError as error:
+            except (UnreachableError, RefusedError) as error:
                 _log.debug("a stream of peer %s: %s", who, error)
             except CancelledByUs as error:
                 _log.debug("peer %s was not served: %s", who, error)

@@ -18,11 +18,17 @@ import trio
 from libp2p import new_host
 from libp2p.peer.peerinfo import PeerInfo as StockPeerInfo
 
-from p2pnet.errors import MalformedError, ResourceError, UnreachableError, UsageError
+from p2pnet.errors import (
+    MalformedError,
+    RefusedError,
+    ResourceError,
+    UnreachableError,
+    UsageError,
+)
 from p2pnet.keys import KeyPair
 from p2pnet.net.libp2p import Libp2pNetwork, open_network
 from p2pnet.net.network import MESSAGE_BYTES_MAX, ConnectionChange, Network
-from p2pnet.net.streams import ByteStream
+from p2pnet.net.streams import ByteStream, Conversation, propose
 from p2pnet.net.varint import encode_varint, frame
 
 ECHO = "/test/echo/1"
@@ -161,6 +167,56 @@ def test_a_message_that_wants_no_reply() -> None:
     run(test)
 
 
+def test_an_answer_that_was_not_wanted_is_not_the_next_reply() -> None:
+    """py-libp2p echoes an ADD_PROVIDER, which Go does not answer."""
+
+    async def test(a: Libp2pNetwork, b: Libp2pNetwork) -> None:
+        for n in range(5):
+            reply = await b.request(a.peer_id, ECHO, b"a%d" % n, timeout_s=5, wants_reply=False)
+            assert reply == b""
+            assert await ask(b, a, b"b%d" % n) == b"b%d" % n
+
+    run(test)
+
+
+def test_a_message_without_reply_that_is_not_taken_is_an_error() -> None:
+    async def test(a: Libp2pNetwork, b: Libp2pNetwork) -> None:
+        async def refuses(peer_id: str, message: bytes) -> None:
+            raise RefusedError("not here")
+
+        a.serve("/refuses", refuses)
+        for _ in range(10):
+            with pytest.raises(UnreachableError, match="reset"):
+                await b.request(a.peer_id, "/refuses", b"", timeout_s=5, wants_reply=False)
+        assert a.offences(b.peer_id) == 0, "a refusal is none"
+
+    run(test)
+
+
+def test_small_requests_pass_beside_bulk_data() -> None:
+    size = 16 << 20
+
+    async def test(a: Libp2pNetwork, b: Libp2pNetwork) -> None:
+        async def counts(talk: Conversation, peer_id: str) -> None:
+            got = 0
+            while got < size:
+                got += len(await talk.stream.read())
+            await talk.stream.write(b"%d" % got)
+
+        a._handlers["/bulk"] = counts
+        connection = b._connections.best(a.peer_id)
+        assert connection is not None
+        talk = await propose(await connection.muxed.open_stream(), "/bulk")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(talk.stream.write, bytes(size))
+            for n in range(20):
+                assert await ask(b, a, b"%d" % n) == b"%d" % n
+        assert await talk.exactly(len(str(size))) == b"%d" % size
+        await talk.stream.reset()
+
+    run(test)
+
+
 def test_a_cancelled_request_harms_no_other() -> None:
     async def test(a: Libp2pNetwork, b: Libp2pNetwork) -> None:
         seen = Changes(b)
@@ -180,11 +236,13 @@ def test_what_a_peer_does_not_speak_is_said() -> None:
     async def test(a: Libp2pNetwork, b: Libp2pNetwork) -> None:
         with pytest.raises(MalformedError, match="does not speak /other"):
             await b.request(a.peer_id, "/other", b"", timeout_s=5)
-        assert b.offences(a.peer_id) == 0
+        assert a.offences(b.peer_id) == b.offences(a.peer_id) == 0
         assert await b.protocols(a.peer_id, timeout_s=5) == (
             "/fails", "/ipfs/id/1.0.0", "/ipfs/ping/1.0.0", "/silent", ECHO,
         )  # fmt: skip
         assert await b.protocols(C_KEY.peer_id, timeout_s=5) == ()
+        assert b.listen_addrs(a.peer_id) == a.addrs()
+        assert a.listen_addrs(b.peer_id) == b.listen_addrs(C_KEY.peer_id) == ()
 
     run(test)
 
@@ -194,7 +252,7 @@ def test_what_a_peer_does_not_speak_is_said() -> None:
 
 def test_a_handler_that_raises_ends_its_stream_alone(caplog: pytest.LogCaptureFixture) -> None:
     async def test(a: Libp2pNetwork, b: Libp2pNetwork) -> None:
-        with pytest.raises(UnreachableError, match=r"without a reply|closed"):
+        with pytest.raises(UnreachableError, match="the stream was reset"):
             await b.request(a.peer_id, "/fails", b"boom", timeout_s=5)
         assert a.offences(b.peer_id) == 1
         assert await ask(b, a) == b"hello"
@@ -271,7 +329,8 @@ def test_streams_beyond_the_limit_are_reset() -> None:
             await stream.write(HELLO)
             assert await stream.read() == HELLO
         excess = await connection.muxed.open_stream()
-        assert await excess.read() == b""
+        with pytest.raises(UnreachableError, match="reset"):
+            await excess.read()
         for stream in streams:
             await stream.reset()
         assert await ask(b, a) == b"hello"
@@ -286,8 +345,7 @@ def test_a_peer_that_ignores_its_window_loses_the_connection() -> None:
         assert connection is not None
         stream = await connection.muxed.open_stream()
         await stream.write(HELLO + frame(b"/silent\n") + frame(b"now block"))
-        yamux = stream._yamux  # type: ignore[attr-defined]
-        yamux.send_window = 1 << 30
+        stream.state._may_send = 1 << 30  # type: ignore[attr-defined]
         with pytest.raises(UnreachableError):
             await stream.write(bytes(64 << 20))
         await seen.until((b.peer_id, False))
@@ -374,6 +432,19 @@ def test_a_peer_that_is_slow_with_one_answer_keeps_its_connection() -> None:
             await b.request(a.peer_id, "/silent", b"", timeout_s=0.2)
         assert await ask(b, a) == b"hello"
         assert seen.seen == []
+
+    run(test)
+
+
+def test_addresses_of_other_transports_are_passed_over() -> None:
+    async def test(a: Libp2pNetwork, b: Libp2pNetwork) -> None:
+        await b.drop(a.peer_id)
+        others = ["/ip4/127.0.0.1/udp/4001/quic-v1", f"/ip4/127.0.0.1/tcp/1/p2p/{C_KEY.peer_id}"]
+        others += ["/dns4/example.org/tcp/443/wss", f"{a.addrs()[0]}/p2p-circuit", "nonsense"]
+        await b.connect(a.peer_id, [*others, *a.addrs()], timeout_s=5)
+        await b.drop(a.peer_id)
+        with pytest.raises(UnreachableError, match="is not a TCP multiaddr"):
+            await b.connect(a.peer_id, others, timeout_s=5)
 
     run(test)
 

@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from p2pnet.errors import MalformedError, RefusedError, UnreachableError, UsageError
+from p2pnet.errors import ForgedError, MalformedError, RefusedError, UnreachableError, UsageError
 from p2pnet.keys import KeyPair
 from p2pnet.net.memory import MemoryFabric, MemoryNetwork
 from p2pnet.net.network import ConnectionChange, Network
@@ -47,6 +47,18 @@ def test_a_request_and_its_reply() -> None:
         assert await a.identify(f"{B_ADDR}/p2p/{B}", timeout_s=1) == B
         assert fabric.sent == {(A, B, ECHO): 1}
         assert fabric.messages() == fabric.messages(ECHO) == 1
+
+    run(test)
+
+
+def test_addresses_of_other_transports_are_passed_over() -> None:
+    async def test(fabric: MemoryFabric, a: MemoryNetwork, b: MemoryNetwork) -> None:
+        quic = "/ip4/10.0.0.2/udp/1/quic-v1"
+        with pytest.raises(UnreachableError):
+            await a.connect(B, [quic], timeout_s=1)
+        await a.connect(B, [quic, B_ADDR], timeout_s=1)
+        assert a.listen_addrs(B) == (B_ADDR,)
+        assert a.listen_addrs("nobody") == ()
 
     run(test)
 
@@ -129,16 +141,20 @@ def test_a_failing_handler_ends_the_request_alone(caplog: pytest.LogCaptureFixtu
     async def refuses(peer_id: str, message: bytes) -> bytes:
         raise RefusedError("no")
 
+    async def forged(peer_id: str, message: bytes) -> bytes:
+        raise ForgedError("no")
+
     async def broken(peer_id: str, message: bytes) -> bytes:
         raise ZeroDivisionError
 
     async def test(fabric: MemoryFabric, a: MemoryNetwork, b: MemoryNetwork) -> None:
         b.serve("/refuses", refuses)
         b.serve("/broken", broken)
-        for protocol in ("/refuses", "/broken"):
+        b.serve("/forged", forged)
+        for protocol in ("/refuses", "/broken", "/forged"):
             with pytest.raises(UnreachableError):
                 await a.request(B, protocol, b"", timeout_s=1, addrs=[B_ADDR])
-        assert b.offences(A) == 2
+        assert b.offences(A) == 2, "a refusal is none"
         assert await ask(a) == b"hello"
 
     run(test)
