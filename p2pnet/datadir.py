@@ -5,7 +5,9 @@ owner          the key that networks are submitted with, mode 0600
 tls/           the gRPC certificate and its key
 lock           held while a node runs
 control.path   where the control socket is
-peers.json     peers met before, to start from
+peers          members met before, as their own signed adverts: to start from
+records        what the DHT's other peers left here: records, marks, hints
+peers.json     where there is no `peers` yet: what an older version remembered
 blobs/         states of VNodes, by content
 keeper/        this node's part in other networks' logs
 """
@@ -17,7 +19,6 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from p2pnet.errors import ResourceError, UsageError
@@ -118,7 +119,7 @@ class DataDir:
             ) from None
 
     def remembered_peers(self) -> list[str]:
-        """The peers that were here when the node last ran, as multiaddrs with /p2p/."""
+        """What an older version remembered: multiaddrs with /p2p/."""
         file = self.path / "peers.json"
         try:
             if file.stat().st_size > _PEERS_FILE_BYTES_MAX:
@@ -130,21 +131,43 @@ class DataDir:
             return []
         return [peer for peer in peers if isinstance(peer, str)][:PEERS_KEPT]
 
-    def remember_peers(self, peers: Sequence[str]) -> None:
-        """Keeps peers for the next start."""
-        write_whole(self.path / "peers.json", json.dumps(list(peers)[:PEERS_KEPT]).encode())
+
+def read_whole(path: Path, size_bytes_max: int) -> bytes | None:
+    """What is in a file, None where there is none.
+
+    Raises:
+        ResourceError: it cannot be read, or is longer than it can be.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(size_bytes_max + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be read: {error.strerror}") from error
+    if len(data) > size_bytes_max:
+        raise ResourceError(f"{path} has over {size_bytes_max} bytes: it is none of ours")
+    return data
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Replaces a file so that readers see all of the old or all of the new.
+    """Replaces a file so that readers see all of the old or all of the new, after a crash too.
 
     Raises:
         ResourceError: it cannot be written (a full disk, say).
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise ResourceError(f"{path} cannot be written: {error.strerror}") from error

@@ -18,7 +18,7 @@ import logging
 import random
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +27,30 @@ import trio
 from p2pnet import clock
 from p2pnet.around import Around
 from p2pnet.bootstrap import parse_list
-from p2pnet.control import Control, Progress
+from p2pnet.control import Control
 from p2pnet.data.blobs import BlobStore
 from p2pnet.datadir import DataDir
 from p2pnet.dht.shell import KAD_PROTOCOL, Dht
-from p2pnet.errors import P2PNetError, RemoteError, ResourceError
+from p2pnet.errors import P2PNetError
 from p2pnet.events import EventBus
 from p2pnet.gossip.capabilities import Capabilities
 from p2pnet.gossip.capabilities_shell import local_capabilities, measure_matmul_gflops
 from p2pnet.gossip.events import MemberChanged, State
+from p2pnet.gossip.known import Known
 from p2pnet.gossip.shell import Gossip
+from p2pnet.joining import Joining
 from p2pnet.keys import KeyPair, short
 from p2pnet.net import identity
 from p2pnet.net.bridge import Bridge, open_bridge
 from p2pnet.net.dialer import TcpDialer
 from p2pnet.net.libp2p import Libp2pNetwork, open_network
 from p2pnet.net.multiaddr import parse
-from p2pnet.net.network import ConnectionChange
 from p2pnet.net.rpc_server import RpcServer
 from p2pnet.net.tls import load_or_create_certificate
 from p2pnet.orchestrator.keeper_shell import KeeperService
 from p2pnet.orchestrator.shell import Orchestrator
+from p2pnet.remembered import Remembered
+from p2pnet.rendezvous import Rendezvous
 from p2pnet.v1 import orchestrator_pb2
 from p2pnet.vnode.blobs import BLOBS_BYTES_MAX, BlobKeeper
 from p2pnet.vnode.executor import ComputeThread
@@ -56,13 +59,7 @@ from p2pnet.vnode.shell import Host
 
 logger = logging.getLogger(__name__)
 
-DIAL_TIMEOUT_S = 5.0
-RETRY_MIN_S = 0.5
-RETRY_MAX_S = 30.0
-REMEMBER_EVERY_S = 30.0
 ADVERTISE_EVERY_S = 1.0
-REFRESH_EVERY_S = 5.0
-REFRESH_PEERS = 20  # what a bucket of the DHT's table holds
 DRAIN_TIMEOUT_S = 15.0
 GOODBYE_TIMEOUT_S = 2.0
 STOP_TIMEOUT_S = 5.0
@@ -119,14 +116,9 @@ class _Parts:
     data: DataDir
     network: Libp2pNetwork
     gossip: Gossip
-    dht: Dht
     around: Around
     bridge: Bridge
     capabilities: Capabilities
-    stop: trio.Event
-    rng: random.Random
-    progress: Progress = field(default_factory=Progress)
-    tried: trio.Event = field(default_factory=trio.Event)  # every bootstrap peer once
 
 
 async def run_node(
@@ -203,7 +195,17 @@ async def run_node(
             rng=random.Random(keypair.peer_id),
             client=config.client,
         )
-        parts = _Parts(config, data, network, gossip, dht, around, bridge, capabilities, stop, rng)
+        rendezvous = Rendezvous(
+            network,
+            gossip,
+            dht,
+            rng=rng,
+            provides=not config.client,
+            shared=config.kad_protocol != KAD_PROTOCOL,
+        )
+        joining = Joining(network, gossip, dht, rendezvous, rng=rng, client=config.client)
+        remembered = Remembered(data.path, keypair.peer_id, gossip, dht, rng=rng)
+        parts = _Parts(config, data, network, gossip, around, bridge, capabilities)
 
         def leave() -> None:
             token.run_sync_soon(stop.set)
@@ -221,9 +223,9 @@ async def run_node(
             events=events,
             faults=faults,
             host=host,
-            progress=parts.progress,
-            settled=lambda: parts.tried,
-            refresh=lambda: _refresh(parts),
+            progress=joining.progress,
+            settled=lambda: joining.tried,
+            refresh=joining.refresh,
             lost=lambda: config.client and not any(m.state.live for m in gossip.members()),
             leave=leave,
         )
@@ -240,19 +242,24 @@ async def run_node(
 
         async with trio.open_nursery() as nursery:
             gossip.watch(_member_watcher(parts, orchestrator, dialer))
-            network.watch(_connection_watcher(parts))
             await nursery.start(gossip.run)
+            known: list[Known] = []
+            if not config.client:
+                known = await remembered.members()
+                joining.recall(known)
+                await nursery.start(remembered.restore)
             await nursery.start(dht.run)
             around.update(gossip.members())
-            # A hint of a file's: what is broken in it is left out.
-            remembered = parse_list("\n".join(data.remembered_peers()), "peers.json").addrs
-            start_from = tuple(dict.fromkeys((*config.bootstrap, *remembered)))
-            nursery.start_soon(_bootstrap, parts, start_from)
-            nursery.start_soon(_keep_fresh, parts)
+            start_from = list(config.bootstrap)
+            if not known:
+                # A hint of a file's: what is broken in it is left out.
+                start_from += parse_list("\n".join(data.remembered_peers()), "peers.json").addrs
+            nursery.start_soon(joining.run, start_from)
+            nursery.start_soon(rendezvous.run)
             if not config.client:
                 nursery.start_soon(_advertise, parts, host)
                 nursery.start_soon(_measure, parts)
-                nursery.start_soon(_remember, parts)
+                nursery.start_soon(remembered.keep)
             on_ready(
                 NodeInfo(
                     keypair.peer_id,
@@ -260,7 +267,7 @@ async def run_node(
                     grpc,
                     str(data.path),
                     socket,
-                    starts_new_network=not start_from,
+                    starts_new_network=not (start_from or known),
                 )
             )
             await stop.wait()
@@ -271,7 +278,7 @@ async def run_node(
                     )
                 await _drain(parts, host, keypair)
                 await gossip.leave(GOODBYE_TIMEOUT_S)
-                _remember_now(parts)
+                await remembered.save()
             nursery.cancel_scope.cancel()
 
 
@@ -296,55 +303,6 @@ async def _capabilities(config: NodeConfig) -> Capabilities:
 # Tasks
 
 
-async def _bootstrap(parts: _Parts, addrs: Sequence[str]) -> None:
-    """Finds the peers to start from, and keeps trying those that are not there."""
-    ours = parts.network.peer_id
-    wanted = [addr for addr in addrs if parse(addr).peer_id != ours]
-    parts.progress.wanted = len(wanted)
-    if not wanted:
-        parts.tried.set()
-        return
-    waiting = dict.fromkeys(wanted)
-
-    async def first_try(addr: str) -> None:
-        if await _join_through(parts, addr):
-            waiting.pop(addr, None)
-            parts.tried.set()  # one is enough to know the others
-
-    async with trio.open_nursery() as nursery:
-        for addr in wanted:
-            nursery.start_soon(first_try, addr)
-    parts.tried.set()
-    delay_s = RETRY_MIN_S
-    told = False
-    while waiting:
-        if not told and parts.progress.reached == 0 and not parts.config.client:
-            told = True
-            logger.warning(
-                "none of the %d bootstrap peers can be reached yet; this node keeps trying, and "
-                "others can join through it meanwhile",
-                len(waiting),
-            )
-        await trio.sleep(delay_s)
-        delay_s = min(delay_s * 2, RETRY_MAX_S)
-        for addr in list(waiting):
-            if await _join_through(parts, addr):
-                del waiting[addr]
-    logger.info("every bootstrap peer was reached")
-
-
-async def _join_through(parts: _Parts, addr: str) -> bool:
-    try:
-        peer_id = await parts.network.identify(addr, timeout_s=DIAL_TIMEOUT_S)
-        await parts.gossip.sync_with(peer_id)
-    except RemoteError as error:
-        logger.info("bootstrap peer %s: %s", addr, error)
-        return False
-    await parts.dht.meet(peer_id, (parse(addr).where,))
-    parts.progress.reached += 1
-    return True
-
-
 async def _advertise(parts: _Parts, host: Host) -> None:
     """Keeps the advert true: what is hosted, and how much memory that takes."""
     while True:
@@ -353,20 +311,6 @@ async def _advertise(parts: _Parts, host: Host) -> None:
         if (usage.memory_bytes, usage.vnodes) != (said.memory_used_bytes, said.vnodes):
             now = replace(said, memory_used_bytes=usage.memory_bytes, vnodes=usage.vnodes)
             _describe(parts, now)
-
-
-async def _keep_fresh(parts: _Parts) -> None:
-    """The DHT gives up a peer that was slow for a while; the membership may know better."""
-    while True:
-        await trio.sleep(REFRESH_EVERY_S)
-        _refresh(parts)
-
-
-def _refresh(parts: _Parts) -> None:
-    alive = [m for m in parts.gossip.members() if m.state.live]
-    for member in parts.rng.sample(alive, min(len(alive), REFRESH_PEERS)):
-        if member.peer_id != parts.network.peer_id:
-            parts.dht.seen(member.peer_id, member.advert.addrs)
 
 
 async def _measure(parts: _Parts) -> None:
@@ -378,26 +322,6 @@ async def _measure(parts: _Parts) -> None:
 def _describe(parts: _Parts, capabilities: Capabilities) -> None:
     parts.capabilities = capabilities
     parts.gossip.update_capabilities(capabilities)
-
-
-async def _remember(parts: _Parts) -> None:
-    while True:
-        await trio.sleep(REMEMBER_EVERY_S)
-        _remember_now(parts)
-
-
-def _remember_now(parts: _Parts) -> None:
-    peers = [
-        f"{addr}/p2p/{member.peer_id}"
-        for member in parts.gossip.members()
-        if member.state is State.ALIVE and member.peer_id != parts.network.peer_id
-        for addr in member.advert.addrs[:1]
-    ]
-    if peers:
-        try:
-            parts.data.remember_peers(peers)
-        except ResourceError as error:
-            logger.warning("%s", error)
 
 
 async def _drain(parts: _Parts, host: Host, keypair: KeyPair) -> None:
@@ -440,22 +364,10 @@ def _member_watcher(
         parts.around.update(parts.gossip.members())
         if change.peer_id == parts.network.peer_id:
             return
-        if change.new.live:
-            parts.dht.seen(change.peer_id, change.advert.addrs)
-        else:
-            parts.dht.gone(change.peer_id)
         was = change.old is not None and change.old.live
         if was != change.new.live:
             why = "has left" if change.new is State.LEFT else "has failed"
             parts.bridge.thread.submit(tell, change.peer_id, change.new.live, why)
-
-    return changed
-
-
-def _connection_watcher(parts: _Parts) -> Callable[[ConnectionChange], None]:
-    def changed(change: ConnectionChange) -> None:
-        if change.connected:
-            parts.dht.seen(change.peer_id)
 
     return changed
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from p2pnet import datadir
-from p2pnet.datadir import DataDir, default_data_dir, write_whole
+from p2pnet.datadir import DataDir, default_data_dir, read_whole, write_whole
 from p2pnet.errors import ResourceError, UsageError
 
 PEERS = [f"/ip4/192.0.2.{n}/tcp/4001/p2p/12D3KooW{n}" for n in range(3)]
@@ -139,11 +139,11 @@ def test_two_data_dirs_have_two_sockets(tmp_path: Path, monkeypatch: pytest.Monk
 # Peers that were met before
 
 
-def test_peers_are_remembered(data: DataDir) -> None:
+def test_peers_that_an_older_version_remembered_are_read(data: DataDir) -> None:
     assert data.remembered_peers() == []
-    data.remember_peers(PEERS)
+    (data.path / "peers.json").write_text(json.dumps(PEERS))
     assert DataDir(data.path).remembered_peers() == PEERS
-    data.remember_peers(PEERS * 100)
+    (data.path / "peers.json").write_text(json.dumps(PEERS * 100))
     assert len(data.remembered_peers()) == datadir.PEERS_KEPT
     data.close()
 
@@ -155,8 +155,6 @@ def test_peers_are_remembered(data: DataDir) -> None:
 def test_a_damaged_list_of_peers_is_only_a_hint_lost(data: DataDir, content: bytes) -> None:
     (data.path / "peers.json").write_bytes(content)
     assert data.remembered_peers() == []
-    data.remember_peers(PEERS)
-    assert data.remembered_peers() == PEERS
     data.close()
 
 
@@ -167,6 +165,17 @@ def test_what_is_no_text_in_a_list_is_left_out(data: DataDir) -> None:
 
 
 # Files
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    assert read_whole(path, 10) is None
+    write_whole(path, b"0123456789")
+    assert read_whole(path, 10) == b"0123456789"
+    with pytest.raises(ResourceError, match="over 9 bytes"):
+        read_whole(path, 9)
+    with pytest.raises(ResourceError, match="cannot be read"):
+        read_whole(tmp_path, 9)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(
