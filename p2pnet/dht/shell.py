@@ -104,6 +104,8 @@ class Dht:
         self._replies: dict[int, Message | MalformedError | None] = {}
         self._makers: dict[bytes, Callable[[], common_pb2.Signed]] = {}
         self._checking: dict[str, _Check] = {}
+        # Requests that wait for a batch to the same peer to come back.
+        self._lines: dict[str, list[ev.SendRequest]] = {}
         self._check_slots = trio.CapacityLimiter(_CHECKS_AT_ONCE)
         self._counts = {"requests_sent": 0, "requests_failed": 0, "requests_answered": 0}
 
@@ -339,7 +341,11 @@ class Dht:
                 pass
 
     def _send(self, peer_id: str, requests: list[ev.SendRequest]) -> None:
-        """Several requests to one peer travel together, if it keeps records as we do."""
+        """Several requests to one peer travel together, if it keeps records as we do.
+
+        While a batch is under way there, the others wait and make the next one, which
+        is Nagle's rule (RFC 896) and needs no timer.
+        """
         contact = self._core.local.table.get(peer_id)
         batched: list[ev.SendRequest] = []
         for request in requests:
@@ -347,12 +353,17 @@ class Dht:
                 self._spawn(self._request, request)
             else:
                 batched.append(request)
-        for start in range(0, len(batched), wire.BATCH_MAX):
-            batch = batched[start : start + wire.BATCH_MAX]
-            if len(batch) == 1:
-                self._spawn(self._request, batch[0])
-            else:
-                self._spawn(self._request_batch, batch)
+        if peer_id in self._lines:
+            self._lines[peer_id] += batched
+        else:
+            self._send_batched(peer_id, batched)
+
+    def _send_batched(self, peer_id: str, requests: list[ev.SendRequest]) -> None:
+        if len(requests) > 1:
+            self._lines[peer_id] = requests[wire.BATCH_MAX :]
+            self._spawn(self._request_batch, requests[: wire.BATCH_MAX])
+        elif requests:
+            self._spawn(self._request, requests[0])
 
     def _spawn(self, task: Callable[..., Awaitable[None]], *arguments: object) -> None:
         if self._nursery is None:
@@ -435,30 +446,27 @@ class Dht:
         self._feed(event)
 
     async def _request_batch(self, effects: list[ev.SendRequest]) -> None:
+        peer_id = effects[0].peer.peer_id
+        batch = wire.serialise_batch([self._with_us(effect.message) for effect in effects])
         events: list[ev.Event] = []
-        rest: list[ev.SendRequest] = []
+        replies: list[bytes] = []
         try:
-            batch = wire.serialise_batch([self._with_us(effect.message) for effect in effects])
-            if len(batch) > MESSAGE_BYTES_MAX:
-                for effect in effects:
-                    self._spawn(self._request, effect)
-                return
-            replies = wire.parse_batch(await self._ask(effects, RECORD_PROTOCOL, batch))
+            if len(batch) <= MESSAGE_BYTES_MAX:
+                replies = wire.parse_batch(await self._ask(effects, RECORD_PROTOCOL, batch))
             if len(replies) > len(effects):
                 raise MalformedError("a batch with more replies than requests")
         except RemoteError as error:
             events += [self._no_answer(effect, error) for effect in effects]
         else:
-            # What would have made the reply too large is asked for by itself.
-            rest = effects[len(replies) :]
             for effect, data in zip(effects, replies, strict=False):
                 try:
                     events.append(await self._arrived(effect, wire.parse(data)))
                 except RemoteError as error:
                     events.append(self._no_answer(effect, error))
         self._feed(*events)
-        for effect in rest:
+        for effect in effects[len(events) :]:  # what made a message too large, by itself
             self._spawn(self._request, effect)
+        self._send_batched(peer_id, self._lines.pop(peer_id))
 
     async def _ask(self, effects: list[ev.SendRequest], protocol: str, data: bytes) -> bytes:
         peer = effects[0].peer
@@ -496,7 +504,10 @@ class Dht:
         replies: list[bytes] = []
         size_bytes = 0
         for request in wire.parse_batch(data):
-            reply = await self._serve(peer_id, request) or b""
+            try:
+                reply = await self._serve(peer_id, request) or b""
+            except RefusedError:
+                reply = b""
             size_bytes += len(reply) + wire.BATCH_ENTRY_BYTES
             if replies and size_bytes > MESSAGE_BYTES_MAX:
                 break

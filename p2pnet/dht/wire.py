@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from google.protobuf.message import DecodeError
 
@@ -32,6 +33,7 @@ _ADDRS_SENT_MAX = 64
 # every provider that they know.
 _PEERS_READ_MAX = 32
 _MESSAGE_BYTES_MAX = 1 << 20
+_PEERS_CACHED = 1024  # neighbours are named again and again
 
 
 class Kind(enum.IntEnum):
@@ -144,6 +146,7 @@ def _check_key(key: bytes) -> None:
         raise MalformedError(f"a DHT key of {len(key)} bytes, over {KEY_BYTES_MAX}")
 
 
+@lru_cache(maxsize=_PEERS_CACHED)
 def _peer_to_wire(peer: PeerInfo) -> pb.KadMessage.Peer:
     addrs: list[bytes] = []
     for addr in peer.addrs[:ADDRS_MAX]:
@@ -155,7 +158,12 @@ def _peer_to_wire(peer: PeerInfo) -> pb.KadMessage.Peer:
 
 
 def _peer_from_wire(peer: pb.KadMessage.Peer) -> PeerInfo:
-    peer_id = peer_id_from_bytes(peer.id)
     if len(peer.addrs) > _ADDRS_SENT_MAX:
         raise MalformedError(f"a peer with {len(peer.addrs)} addresses")
-    return PeerInfo(peer_id, multiaddr.readable(peer.addrs, peer_id, ADDRS_MAX))
+    return _peer_of(peer.id, tuple(peer.addrs))
+
+
+@lru_cache(maxsize=_PEERS_CACHED)
+def _peer_of(raw_id: bytes, raw_addrs: tuple[bytes, ...]) -> PeerInfo:
+    peer_id = peer_id_from_bytes(raw_id)
+    return PeerInfo(peer_id, multiaddr.readable(raw_addrs, peer_id, ADDRS_MAX))
