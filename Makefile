@@ -1,5 +1,7 @@
 # make demo    the main job: a swarm trains a network and survives two kills
 # make test    lint, types, layers and every test
+# make bar     the reliability bar as written (docs/reliability.md): hours; ARGS='-k r18' for a row
+# make bench   the DHT beside hivemind's and py-libp2p's (docs/benchmarks.md); ARGS=--quick
 # Each works on a fresh clone: .venv is made first. `make clean` takes it away.
 
 PYTHON ?= python3.11
@@ -7,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint unit clean setup
+.PHONY: demo test lint unit bar bench clean setup
 
 demo: $(READY)
 	@$(BIN)/p2pnet demo $(ARGS)
@@ -21,8 +23,18 @@ lint: $(READY)
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tests/wire/breaking.py
 
-unit: $(READY)
+unit: $(READY) $(BIN)/p2pd
 	$(BIN)/pytest $(ARGS)
+
+# A Go libp2p daemon for tests/interop, which are skipped where it cannot be had.
+$(BIN)/p2pd: | $(READY)
+	@$(BIN)/python tools/fetch_p2pd.py $@
+
+bar: $(READY)
+	$(BIN)/pytest tests/bar --as-written -s $(ARGS)
+
+bench: $(READY)
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 setup: $(READY)
 
@@ -36,4 +48,4 @@ $(READY): pyproject.toml constraints.txt setup.py bootstrap_peers.txt $(wildcard
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist p2pnet.egg-info p2pnet/v1 p2pnet/bootstrap_peers.txt .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-hivemind build dist p2pnet.egg-info p2pnet/v1 p2pnet/bootstrap_peers.txt .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
@@ -17,6 +17,7 @@ from p2pnet.events import EventBus
 from p2pnet.gossip.shell import Gossip
 from p2pnet.net.bridge import Bridge
 from p2pnet.net.handlers import Caller, Method, server_stream, unary
+from p2pnet.net.network import PeerInfo
 from p2pnet.v1 import control_pb2 as pb
 from p2pnet.v1 import records_pb2
 from p2pnet.vnode.faults import Faults
@@ -27,9 +28,12 @@ TRIES = 3
 RETRY_S = 1.0
 DHT_TIMEOUT_S = 10.0
 GET_TIMEOUT_S = 25.0
+KEYS_MAX = 16  # asked for in one call
 _CROSSING_S = 20.0
 EVENTS_TIMEOUT_S = 24 * 3600.0
 BREAK_TIMEOUT_S = 600.0
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -68,6 +72,12 @@ class Control:
             "FindNetwork": unary(self._find, pb.FindNetworkRequest, pb.FindNetworkReply),
             "WhereIs": unary(self._where_is, pb.WhereIsRequest, pb.WhereIsReply),
             "Peer": unary(self._peer, pb.PeerRequest, pb.PeerReply),
+            "FindPeer": unary(self._find_peer, pb.FindPeerRequest, pb.FindPeerReply),
+            "GetRecords": unary(self._get_records, pb.GetRecordsRequest, pb.GetRecordsReply),
+            "FindProviders": unary(
+                self._find_providers, pb.FindProvidersRequest, pb.FindProvidersReply
+            ),
+            "DhtStats": unary(self._dht_stats, pb.DhtStatsRequest, pb.DhtStatsReply),
             "Leave": unary(self._leave, pb.LeaveRequest, pb.LeaveReply),
             "Events": server_stream(
                 self._events, pb.EventsRequest, pb.EventReply, timeout_s=EVENTS_TIMEOUT_S
@@ -87,7 +97,7 @@ class Control:
         )
 
     async def _members(self, request: pb.MembersRequest, caller: Caller) -> pb.MembersReply:
-        wait_s = min(request.settle_s, SETTLE_S_MAX)
+        wait_s = max(0.0, min(request.settle_s, SETTLE_S_MAX))
         rows: list[pb.MemberRow] = await self._on_trio(self._rows, wait_s)
         return pb.MembersReply(members=rows)
 
@@ -166,11 +176,54 @@ class Control:
         return found, failed
 
     async def _get(self, key: bytes) -> list[OpenRecord]:
-        with trio.move_on_after(GET_TIMEOUT_S):  # before the client gives us up
-            return await self._try_to_get(key)
+        return await self._ask_dht(lambda: self.dht.get(key, DHT_TIMEOUT_S))
+
+    # The DHT as it is
+
+    async def _find_peer(self, request: pb.FindPeerRequest, caller: Caller) -> pb.FindPeerReply:
+        found: PeerInfo | None = await self._on_trio(
+            self._ask_dht, lambda: self.dht.find_peer(request.peer_id, DHT_TIMEOUT_S)
+        )
+        return pb.FindPeerReply(peer=None if found is None else _to_message(found))
+
+    async def _get_records(
+        self, request: pb.GetRecordsRequest, caller: Caller
+    ) -> pb.GetRecordsReply:
+        keys = list(request.keys)[:KEYS_MAX]
+        found, failed = await self._on_trio(self._get_all, keys)
+        if failed and not any(found.values()):
+            raise failed[0]
+        return pb.GetRecordsReply(
+            records=[
+                records_pb2.HeldRecord(record=record.signed, age_ms=round(record.age_s * 1000))
+                for key in keys
+                for record in found.get(key, ())
+            ]
+        )
+
+    async def _find_providers(
+        self, request: pb.FindProvidersRequest, caller: Caller
+    ) -> pb.FindProvidersReply:
+        found: list[PeerInfo] = await self._on_trio(
+            self._ask_dht, lambda: self.dht.providers(request.key, DHT_TIMEOUT_S)
+        )
+        return pb.FindProvidersReply(peers=map(_to_message, found))
+
+    async def _dht_stats(self, request: pb.DhtStatsRequest, caller: Caller) -> pb.DhtStatsReply:
+        return pb.DhtStatsReply(json=json.dumps(await self._on_trio(self._stats)))
+
+    async def _stats(self) -> dict[str, int | float | None]:
+        with trio.move_on_after(SETTLE_S_MAX):
+            await self.settled().wait()
+        return self.dht.stats()
+
+    async def _ask_dht(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """What the DHT says, asked again where nobody answered; an end before the caller's."""
+        with trio.move_on_after(GET_TIMEOUT_S):
+            return await self._try_to_ask(ask)
         raise UnreachableError("the DHT does not answer in time: ask again in a moment")
 
-    async def _try_to_get(self, key: bytes) -> list[OpenRecord]:
+    async def _try_to_ask(self, ask: Callable[[], Awaitable[T]]) -> T:
         with trio.move_on_after(SETTLE_S_MAX):
             await self.settled().wait()
         if self.lost():
@@ -180,11 +233,11 @@ class Control:
             )
         for _ in range(TRIES - 1):
             try:
-                return await self.dht.get(key, DHT_TIMEOUT_S)
+                return await ask()
             except UnreachableError:  # a swarm that is busy, or has just lost many peers
                 await trio.sleep(RETRY_S)
                 self.refresh()
-        return await self.dht.get(key, DHT_TIMEOUT_S)
+        return await ask()
 
     async def _leave(self, request: pb.LeaveRequest, caller: Caller) -> pb.LeaveReply:
         self.leave()
@@ -206,3 +259,7 @@ class Control:
 
     async def _on_trio(self, async_fn: Callable[..., Any], *args: Any) -> Any:
         return await self.bridge.to_trio(async_fn, *args, timeout_s=_CROSSING_S + DHT_TIMEOUT_S)
+
+
+def _to_message(peer: PeerInfo) -> pb.PeerAddrs:
+    return pb.PeerAddrs(peer_id=peer.peer_id, addrs=peer.addrs)

@@ -13,9 +13,11 @@ import click
 from p2pnet import __version__
 from p2pnet.cli.ask import leave, members, status, whereis
 from p2pnet.cli.demo import demo
+from p2pnet.cli.dht import dht
 from p2pnet.cli.join import join
 from p2pnet.cli.networks import export, infer, submit, train
 from p2pnet.cli.options import Debug
+from p2pnet.cli.sim import sim
 from p2pnet.errors import P2PNetError
 
 _DEBUG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -42,7 +44,20 @@ def cli(context: click.Context, debug: bool) -> None:
             logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
-for command in (join, members, submit, whereis, status, train, infer, export, leave, demo):
+for command in (
+    join,
+    members,
+    submit,
+    whereis,
+    status,
+    train,
+    infer,
+    export,
+    leave,
+    dht,
+    sim,
+    demo,
+):
     cli.add_command(command)
 
 

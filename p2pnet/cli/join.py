@@ -42,7 +42,9 @@ from p2pnet.errors import root_of
     help="Where networks submitted here keep log and states, such as file:///mnt/shared. "
     "Default: on other peers.",
 )
-@click.option("--kad-protocol", default=None, help="Protocol id of the DHT.")
+@click.option(
+    "--kad-protocol", envvar="P2PNET_KAD_PROTOCOL", metavar="ID", help="Protocol id of the DHT."
+)
 @click.option("--faults", is_flag=True, hidden=True, help="Let faults be injected, for tests.")
 @click.option("--until-eof", is_flag=True, hidden=True, help="Stop when standard input ends.")
 @click.option("--json", "as_json", is_flag=True, help="Print events as JSON.")

@@ -26,6 +26,16 @@ class Debug:
     on = False
 
 
+class Swarm:
+    """Whose DHT a client asks, where --kad-protocol says."""
+
+    kad_protocol: str | None = None
+
+
+def _keep_kad_protocol(_: click.Context, __: click.Parameter, value: str | None) -> None:
+    Swarm.kad_protocol = value
+
+
 class Size(click.ParamType[int]):
     """A size such as 4GiB, as bytes."""
 
@@ -56,6 +66,14 @@ def client_options(command: F) -> F:
     """What every verb that asks a network takes."""
     command = click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
     command = click.option(
+        "--kad-protocol",
+        envvar="P2PNET_KAD_PROTOCOL",
+        metavar="ID",
+        expose_value=False,
+        callback=_keep_kad_protocol,
+        help="With --bootstrap: the protocol id of that swarm's DHT, where it is not the usual.",
+    )(command)
+    command = click.option(
         "--bootstrap",
         multiple=True,
         metavar="FILE|MULTIADDR",
@@ -68,7 +86,7 @@ def connect(data_dir: Path, bootstrap: tuple[str, ...]) -> Client:
     """A client, for a `with`."""
     from p2pnet.client import Client
 
-    return Client(bootstrap, data_dir=data_dir)
+    return Client(bootstrap, data_dir=data_dir, kad_protocol=Swarm.kad_protocol)
 
 
 def print_json(value: Any) -> None:

@@ -38,6 +38,8 @@ class Client:
     Args:
         bootstrap: a file of multiaddrs, or multiaddrs; the client then needs no node.
         data_dir: of the local node; also holds the key that networks are submitted with.
+        kad_protocol: with `bootstrap`, the protocol id of that swarm's DHT, where it is
+            not the usual one.
 
     Raises:
         UsageError: no node runs here and no bootstrap is given.
@@ -48,12 +50,15 @@ class Client:
         bootstrap: str | Path | Sequence[str] = (),
         *,
         data_dir: str | Path | None = None,
+        kad_protocol: str | None = None,
     ) -> None:
         sources = (str(bootstrap),) if isinstance(bootstrap, (str, Path)) else tuple(bootstrap)
         self._data_dir = Path(data_dir) if data_dir is not None else default_data_dir()
         self._stack = ExitStack()
         try:
-            socket = self._stack.enter_context(control_socket(self._data_dir, sources))
+            socket = self._stack.enter_context(
+                control_socket(self._data_dir, sources, kad_protocol)
+            )
             self._thread = self._stack.enter_context(AsyncioThread("p2pnet-client-grpc"))
             self.session = self.run(self._connect(socket))
             self._stack.callback(lambda: self.run(self.session.close()))

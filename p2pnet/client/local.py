@@ -24,7 +24,9 @@ STOP_TIMEOUT_S = 10.0
 
 
 @contextmanager
-def control_socket(data_dir: Path, bootstrap: tuple[str, ...]) -> Iterator[Path]:
+def control_socket(
+    data_dir: Path, bootstrap: tuple[str, ...], kad_protocol: str | None = None
+) -> Iterator[Path]:
     """The control socket of a node that answers while the block runs.
 
     Raises:
@@ -41,15 +43,18 @@ def control_socket(data_dir: Path, bootstrap: tuple[str, ...]) -> Iterator[Path]
         logger.warning("%s", problem)
     with (
         tempfile.TemporaryDirectory(prefix="p2pnet-client-") as directory,
-        _node_of_our_own(Path(directory), peers.addrs) as socket,
+        _node_of_our_own(Path(directory), peers.addrs, kad_protocol) as socket,
     ):
         yield socket
 
 
 @contextmanager
-def _node_of_our_own(data_dir: Path, addrs: tuple[str, ...]) -> Iterator[Path]:
+def _node_of_our_own(
+    data_dir: Path, addrs: tuple[str, ...], kad_protocol: str | None
+) -> Iterator[Path]:
     import trio
 
+    from p2pnet.dht.shell import KAD_PROTOCOL
     from p2pnet.node import NodeConfig, NodeInfo, run_node
 
     ready = threading.Event()
@@ -64,9 +69,13 @@ def _node_of_our_own(data_dir: Path, addrs: tuple[str, ...]) -> Iterator[Path]:
     async def main() -> None:
         stop = trio.Event()
         handle.append((trio.lowlevel.current_trio_token(), stop))
-        await run_node(
-            NodeConfig(data_dir=data_dir, listen=(), bootstrap=addrs), on_ready=on_ready, stop=stop
+        config = NodeConfig(
+            data_dir=data_dir,
+            listen=(),
+            bootstrap=addrs,
+            kad_protocol=kad_protocol or KAD_PROTOCOL,
         )
+        await run_node(config, on_ready=on_ready, stop=stop)
 
     def run() -> None:
         try:

@@ -25,6 +25,7 @@ class Detector:
         self._rng = rng
         self._health = LocalHealth(config.probe_interval_s)
         self._watches: dict[str, Watch] = {}
+        self._subjects: list[str] = []
 
     @property
     def watched(self) -> list[str]:
@@ -38,7 +39,8 @@ class Detector:
 
     def watch(self, subjects: list[str], now: float) -> None:
         """Watches these from now on, and keeps what is known of those watched already."""
-        if subjects != list(self._watches):
+        if subjects is not self._subjects:  # the table keeps one list until it changes
+            self._subjects = subjects
             spread_s = self._config.probe_interval_s
             self._watches = {
                 peer_id: self._watches.get(peer_id) or Watch(now + self._rng.uniform(0, spread_s))
@@ -55,6 +57,12 @@ class Detector:
     def accused(self, now: float) -> None:
         """Others miss us, who are here."""
         self._health.accused(now)
+
+    def look(self, peer_id: str, now: float) -> None:
+        """Others accuse a peer: probe it at once, for us to see and for it to hear of it."""
+        watch = self._watches.get(peer_id)
+        if watch is not None:
+            watch.next_at = min(watch.next_at, now)
 
     def heard(self, peer_id: str) -> None:
         """A peer asked something: it is there."""
@@ -103,7 +111,11 @@ class Detector:
         watch.rpc_id = None
         watch.missed(sent_at, now, self._config)
         # While everybody refuses at once, it is rather our own network that is gone.
-        cut_off = len(self._watches) > 1 and all(w.misses for w in self._watches.values())
+        cut_off = (
+            self._config.local_health
+            and len(self._watches) > 1
+            and all(w.misses for w in self._watches.values())
+        )
         if watch.refusing(self._config) and not cut_off:
             return True
         if watch.suspected_at is None and watch.silent(now, self._config, self._factor(now)):
@@ -154,6 +166,8 @@ class Detector:
 
     def _factor(self, now: float) -> float:
         # How much longer than normal we wait, for not being sure of ourselves.
+        if not self._config.local_health:
+            return 1.0
         missing = sum(1 for watch in self._watches.values() if watch.misses)
         crowd = missing > 1 and 2 * missing > len(self._watches)
         return 1.0 + self._health.score(now) + (1.0 if crowd else 0.0)

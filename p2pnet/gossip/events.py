@@ -14,16 +14,24 @@ from p2pnet.gossip.statements import OpenAdvert
 class GossipConfig:
     """Every number that membership turns on; durations in seconds."""
 
-    observers: int = 4  # K: how many watch each member
-    quorum: int = 2  # L: how many of them must agree, where there are as many
+    observers: int = 6  # K: how many watch each member
+    quorum: int = 3  # L: how many of them must agree, where there are as many
     probe_interval_s: float = 1.0
     probe_timeout_s: float = 1.0
     misses: int = 3  # in a row, before a silent member is suspected
     fast_failure_s: float = 0.5  # a probe that fails within this was refused, not unanswered
     fast_failures: int = 2  # in a row, before a member that refuses is accused of having failed
     fast_retry_s: float = 0.3
-    suspicion_min_s: float = 2.5
+    suspicion_min_s: float = 2.0
     suspicion_max_s: float = 6.0
+    # A member that others accuse, and that we have not found gone ourselves, has this
+    # times log2 of the members to refute.
+    refutation_s: float = 0.4
+    # So long a connection that broke says that its peer may be gone; in a larger network
+    # connections also break for want of room.
+    broken_s: float = 30.0
+    broken_members_max: int = 256
+    local_health: bool = True  # doubt ourselves first; False only to measure what that is worth
     late_s: float = 0.5  # own ticks later than this lower the trust in ourselves
     stalled_s: float = 2.0  # later than this, what was missed meanwhile says nothing
     refute_interval_s: float = 0.5
@@ -32,6 +40,9 @@ class GossipConfig:
     sync_interval_s: float = 10.0
     sync_again_s: float = 0.5  # after one that showed new members; then twice as long each time
     request_timeout_s: float = 5.0
+    digests_max: int = 512  # in one message; a summary of a larger ring takes several
+    coordinate_s: float = 60.0  # our advert says where we are at most so often, and ...
+    coordinate_member_s: float = 1.0  # ... not more often than so much times the members
     forget_s: float = 24 * 3600.0
     sweep_s: float = 60.0
     members_max: int = 100_000
@@ -183,6 +194,14 @@ class MemberChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class Accused:
+    """This node accuses a member: of being silent, or of having failed."""
+
+    peer_id: str
+    failed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PeerRefused:
     """We and this peer have no protocol version in common; `detail` is for people."""
 
@@ -210,4 +229,4 @@ class Departed:
     """Our leaving is told."""
 
 
-Effect = Send | Reply | MemberChanged | PeerRefused | Misbehaved | Synced | Departed
+Effect = Send | Reply | MemberChanged | Accused | PeerRefused | Misbehaved | Synced | Departed

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 
+from p2pnet.gossip.coordinates import Coordinate
 from p2pnet.gossip.events import Description
 from p2pnet.gossip.statements import INCARNATION_MAX, OpenAdvert, Versions, build_advert
 from p2pnet.keys import KeyPair
+
+_SURE = 0.5  # a coordinate with a larger error is worth nothing to others
+_MOVED_S = 0.005  # further than this, and than this share of the way from the middle,
+_MOVED_SHARE = 0.25  # is a move worth telling
 
 
 class Ourselves:
@@ -29,6 +34,8 @@ class Ourselves:
         self._left = False
         self._refute_interval_s = refute_interval_s
         self._refuted_at = -math.inf
+        self._coordinate: Coordinate | None = None
+        self._place_at: float | None = None  # when our advert may say where we are
         self.refute_at: float | None = None  # when a refutation is due
 
     @property
@@ -48,6 +55,7 @@ class Ourselves:
             grpc_certificate=self._description.grpc_certificate,
             capabilities=self._description.capabilities,
             versions=self._versions,
+            coordinate=self._coordinate,
         )
 
     def describe(self, description: Description) -> bool:
@@ -55,6 +63,25 @@ class Ourselves:
         if description == self._description:
             return False
         self._description = description
+        self._sequence += 1
+        return True
+
+    def moved(self, here: Coordinate, now: float, pause_s: float) -> bool:
+        """We are here; True if our advert says something else by much, and may say this now.
+
+        The first time not before `pause_s` are over either: a network that starts would else
+        hear of all its members at once.
+        """
+        if self._place_at is None:
+            self._place_at = now + pause_s
+        if self._left or here.error > _SURE or now < self._place_at:
+            return False
+        old = self._coordinate
+        if old is not None:
+            moved_s = math.dist(old.axes, here.axes) + abs(old.height - here.height)
+            if moved_s < max(_MOVED_S, _MOVED_SHARE * (math.hypot(*old.axes) + old.height)):
+                return False
+        self._coordinate, self._place_at = here, now + pause_s
         self._sequence += 1
         return True
 

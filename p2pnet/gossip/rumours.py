@@ -2,51 +2,60 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from p2pnet.v1 import common_pb2
-
 # (subject, "") for an advert, (subject, accuser) for an accusation
 Key = tuple[str, str]
 
 
-@dataclass(slots=True)
-class _Rumour:
-    signed: common_pb2.Signed
-    sends_left: int
-    size_bytes: int
-
-
 class Rumours:
-    """A bounded set of statements; a newer one takes its predecessor's place."""
+    """A bounded set of raw statements; a newer one takes its predecessor's place."""
 
     def __init__(self, count_max: int) -> None:
         self._count_max = count_max
-        self._rumours: dict[Key, _Rumour] = {}
+        self._left: dict[Key, int] = {}  # how often it is still to be sent; the oldest first
+        self._levels: dict[int, dict[Key, bytes]] = {}  # the same, by how often
 
     def __len__(self) -> int:
-        return len(self._rumours)
+        return len(self._left)
 
-    def add(self, key: Key, signed: common_pb2.Signed, sends: int) -> None:
+    def add(self, key: Key, raw: bytes, sends: int) -> None:
         """To be sent `sends` times; where there is no room, the oldest makes way."""
-        self._rumours.pop(key, None)
-        if len(self._rumours) >= self._count_max:
-            del self._rumours[next(iter(self._rumours))]
-        self._rumours[key] = _Rumour(signed, sends, signed.ByteSize())
+        self.discard(key)
+        if len(self._left) >= self._count_max:
+            self.discard(next(iter(self._left)))
+        self._left[key] = sends
+        self._levels.setdefault(sends, {})[key] = raw
 
     def discard(self, key: Key) -> None:
         """No longer true."""
-        self._rumours.pop(key, None)
+        left = self._left.pop(key, None)
+        if left is not None:
+            self._drop(key, left)
 
-    def take(self, budget_bytes: int) -> list[tuple[Key, common_pb2.Signed]]:
+    def take(self, budget_bytes: int) -> list[tuple[Key, bytes]]:
         """What to put into one message, the least told first; it counts as sent."""
-        taken: list[tuple[Key, common_pb2.Signed]] = []
-        for key, rumour in sorted(self._rumours.items(), key=lambda item: -item[1].sends_left):
-            if rumour.size_bytes > budget_bytes:
-                break
-            budget_bytes -= rumour.size_bytes
-            rumour.sends_left -= 1
-            if rumour.sends_left <= 0:
-                del self._rumours[key]
-            taken.append((key, rumour.signed))
+        taken: list[tuple[Key, bytes]] = []
+        for left in sorted(self._levels, reverse=True):
+            for key, raw in tuple(self._levels[left].items()):
+                if len(raw) > budget_bytes:
+                    self._told(taken)
+                    return taken
+                budget_bytes -= len(raw)
+                taken.append((key, raw))
+        self._told(taken)
         return taken
+
+    def _told(self, taken: list[tuple[Key, bytes]]) -> None:
+        for key, raw in taken:
+            left = self._left[key]
+            self._drop(key, left)
+            if left > 1:
+                self._left[key] = left - 1
+                self._levels.setdefault(left - 1, {})[key] = raw
+            else:
+                del self._left[key]
+
+    def _drop(self, key: Key, left: int) -> None:
+        level = self._levels[left]
+        del level[key]
+        if not level:
+            del self._levels[left]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import trio
@@ -19,6 +20,7 @@ from p2pnet.core import Tick
 from p2pnet.errors import MalformedError, RemoteError, UnreachableError, VersionError
 from p2pnet.gossip.capabilities import Capabilities
 from p2pnet.gossip.events import (
+    Accused,
     Answered,
     Departed,
     Describe,
@@ -36,14 +38,15 @@ from p2pnet.gossip.events import (
     Reply,
     Request,
     Send,
+    State,
     Synced,
     SyncWith,
     Unanswered,
 )
-from p2pnet.net.groups import GroupOf, ip_group
 from p2pnet.gossip.membership import Membership
 from p2pnet.gossip.statements import OpenAdvert, Versions
 from p2pnet.keys import KeyPair, short
+from p2pnet.net.groups import GroupOf, ip_group
 from p2pnet.net.network import ConnectionChange, Network
 from p2pnet.v1 import common_pb2
 from p2pnet.v1 import gossip_pb2 as pb
@@ -97,6 +100,8 @@ class Gossip:
         self._wake = trio.Event()
         self._departed = trio.Event()
         self._callbacks: list[Callable[[MemberChanged], None]] = []
+        self._recalled: dict[str, Member] = {}
+        self._forget_s = (config or GossipConfig()).forget_s
         self._told: dict[str, None] = {}  # of whom a warning was logged
         self.synced = trio.Event()  # set by the first exchange with anybody
 
@@ -144,6 +149,16 @@ class Gossip:
         )
         await self._serve(peer_id, news.SerializeToString())
 
+    def recall(self, members: Iterable[Member]) -> None:
+        """Takes members known from before a restart.
+
+        They are listed as having failed until something is heard of them; until then
+        nobody else is told of them, and nobody watches them.
+        """
+        for member in members:
+            if self._core.member(member.peer_id) is None:
+                self._recalled[member.peer_id] = replace(member, state=State.FAILED)
+
     async def leave(self, timeout_s: float) -> None:
         """Says goodbye: returns when those told have answered, at the latest after `timeout_s`.
 
@@ -155,16 +170,27 @@ class Gossip:
 
     def members(self) -> list[Member]:
         """Everyone known, ourselves included (unless a client), in the order of peer ids."""
-        return self._core.members()
+        members = self._core.members()
+        if self._recalled:
+            members += filter(None, map(self._recall, tuple(self._recalled)))
+            members.sort(key=lambda member: member.peer_id)
+        return members
 
     def member(self, peer_id: str) -> Member | None:
         """One member, or None."""
-        return self._core.member(peer_id)
+        return self._core.member(peer_id) or self._recall(peer_id)
 
     def advert_of(self, peer_id: str) -> OpenAdvert | None:
         """A member's newest advert (our own by our own peer id), or None."""
-        member = self._core.member(peer_id)
+        member = self.member(peer_id)
         return member.advert if member else None
+
+    def round_trip_s(self, a: str, b: str) -> float | None:
+        """About how long a message between two peers and its answer take, in seconds.
+
+        None where that cannot be told; see `Membership.round_trip_s`.
+        """
+        return self._core.round_trip_s(a, b)
 
     def update_capabilities(self, capabilities: Capabilities) -> None:
         """Advertises these, and the addresses that we have now, if anything is different."""
@@ -173,6 +199,16 @@ class Gossip:
     def watch(self, callback: Callable[[MemberChanged], None]) -> None:
         """Calls back on the trio thread at each change, our own too; must not block."""
         self._callbacks.append(callback)
+
+    def _recall(self, peer_id: str) -> Member | None:
+        # Of whom the core has heard by now, or whom it would have forgotten, that is over.
+        member = self._recalled.get(peer_id)
+        if member is not None and (
+            self._core.member(peer_id) is not None or member.since + self._forget_s < self._now()
+        ):
+            del self._recalled[peer_id]
+            return None
+        return member
 
     def _description(self, capabilities: Capabilities) -> Description:
         return Description(
@@ -213,6 +249,9 @@ class Gossip:
                     self._nursery.start_soon(self._exchange, effect)
                 case MemberChanged():
                     self._announce(effect)
+                case Accused(peer_id, failed):
+                    said = "has failed" if failed else "is silent"
+                    log.info("member %s %s, as far as we can see", short(peer_id), said)
                 case PeerRefused(peer_id, detail):
                     self._warn_once(peer_id, f"cannot talk to peer {short(peer_id)}: {detail}")
                 case Misbehaved(peer_id, detail):

@@ -1,266 +1,339 @@
-"""The members that this node knows, and what it holds each of them to be. Pure.
+"""What this node holds each member to be: the count of what is said of it. Pure.
 
 There is no agreed view (unlike in Rapid, Suresh et al., ATC 2018): each node
 counts the accusations of those that are near enough to the subject on the ring
 as the node itself sees it, so that two nodes' views may differ by a few members
 and still come to the same verdict.
+
+A quorum of accusers convicts. Where this node has seen for itself that the
+accused is gone, that is the verdict; else the accused has as long as news take
+to reach it, and its answer to come back, to refute (`refutation_s`), and is asked
+before that time is over. Whoever is here does so: accusers alone, however many,
+evict nobody who is. An accuser who was refuted is not heard for a while.
 """
 
 from __future__ import annotations
 
+import heapq
+import math
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from p2pnet.gossip.events import GossipConfig, Member, MemberChanged, State
-from p2pnet.net.groups import GroupOf
-from p2pnet.gossip.ring import Ring
+from p2pnet.gossip.mutes import Mutes
+from p2pnet.gossip.roster import Entry, Roster
 from p2pnet.gossip.statements import OpenAccusation, OpenAdvert
-
-_SAMPLE_LISTS_UP_TO = 64
-
-
-@dataclass(slots=True)
-class _Entry:
-    advert: OpenAdvert
-    state: State
-    since: float
-    accusations: dict[str, OpenAccusation] = field(default_factory=dict)  # by accuser
+from p2pnet.gossip.watchers import Watchers
+from p2pnet.net.groups import GroupOf
 
 
 class Table:
     """Members by peer id. `me` is this node, whose own accusations count like others'."""
 
-    def __init__(self, me: str, config: GossipConfig, group_of: GroupOf) -> None:
+    def __init__(
+        self, me: str, config: GossipConfig, group_of: GroupOf, base: Roster | None = None
+    ) -> None:
         self.me = me
         self._config = config
-        self._group_of = group_of
-        self._entries: dict[str, _Entry] = {}  # the longest unchanged first
+        self.roster = Roster(base)
+        self._watchers = Watchers(me, config, self.roster, group_of)
         self._accused: dict[str, None] = {}  # live members that somebody accuses
-        self._ring = Ring()  # every member, whatever its state
-        self._seen_at: dict[str, str] = {}
-        self._live = 0
-        self._subjects: list[str] | None = None  # until who is live changes
+        self._broken: dict[str, float] = {}  # when our connection to a peer broke, the first first
+        self._due: list[tuple[float, str]] = []  # a heap: when a convict's time to refute is over
+        self._touched: list[str] = []  # since the last `begin`
+        self._mutes = Mutes()
+        self.convicted: list[tuple[float, str]] = []  # since the last `begin`: until when, who
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.roster)
 
     @property
     def live(self) -> int:
         """How many members are alive or suspect, this node included."""
-        return self._live
+        return self.roster.live
 
     def get(self, peer_id: str) -> Member | None:
         """One member, or None."""
-        entry = self._entries.get(peer_id)
-        return Member(peer_id, entry.state, entry.advert, entry.since) if entry else None
+        return self.roster.member(peer_id)
 
-    def newest(self) -> Iterator[Member]:
-        """All members, the last changed first."""
-        for peer_id, entry in reversed(self._entries.items()):
-            yield Member(peer_id, entry.state, entry.advert, entry.since)
+    def entry(self, peer_id: str) -> Entry | None:
+        """One member with what it is accused of, or None."""
+        return self.roster.get(peer_id)
 
-    def slice(self, start: int) -> Iterator[Member]:
-        """All members in the ring's order, from an index on."""
-        for step in range(len(self._ring)):
-            peer_id = self._ring.at((start + step) % len(self._ring))
-            entry = self._entries[peer_id]
-            yield Member(peer_id, entry.state, entry.advert, entry.since)
+    def members(self) -> Iterator[Member]:
+        """All members."""
+        return self.roster.members()
 
     def accusations(self, peer_id: str) -> tuple[OpenAccusation, ...]:
         """Those of a member's present incarnation that this node holds."""
-        entry = self._entries.get(peer_id)
-        return tuple(entry.accusations.values()) if entry else ()
-
-    def seen(self, peer_id: str, addr: str) -> None:
-        """Where a connected peer was observed to be, for its IP group."""
-        if addr:
-            self._seen_at[peer_id] = addr
-
-    def unseen(self, peer_id: str) -> None:
-        """The connection went; where a member was seen is kept as long as the member."""
-        if peer_id not in self._entries:
-            self._seen_at.pop(peer_id, None)
+        entry = self.roster.get(peer_id)
+        return entry.accusations if entry is not None else ()
 
     def observers(self, peer_id: str) -> list[str]:
-        """The live members that watch a member: the K that follow it on the ring."""
-        return self._near(self._ring.after(peer_id))
+        """The live members that watch a member."""
+        return self._watchers.observers(peer_id)
 
     def subjects(self) -> list[str]:
-        """The live members that this node watches: the K that go before it."""
-        if self._subjects is None:
-            known = self.me in self._entries
-            self._subjects = self._near(self._ring.before(self.me)) if known else []
-        return self._subjects
+        """The live members that this node watches."""
+        return self._watchers.subjects()
 
     def sample(self, rng: random.Random, count: int, *states: State) -> list[str]:
         """Up to `count` different members of these states, at random; never this node."""
-        if len(self._ring) <= _SAMPLE_LISTS_UP_TO:
-            fitting = [p for p in map(self._ring.at, range(len(self._ring))) if self._is(p, states)]
-            return rng.sample(fitting, min(count, len(fitting)))
-        picked: list[str] = []
-        for _ in range(8 * count):
-            peer_id = self._ring.at(rng.randrange(len(self._ring)))
-            if len(picked) < count and self._is(peer_id, states) and peer_id not in picked:
-                picked.append(peer_id)
-        return picked
+        return self.roster.sample(rng, count, self.me, *states)
+
+    # What happens
+
+    def begin(self) -> None:
+        """An event begins: `check` looks at what is touched from now on."""
+        self._touched.clear()
+        self.convicted.clear()
+
+    def connected(self, peer_id: str, addr: str) -> None:
+        """A connection to a peer came up."""
+        self._broken.pop(peer_id, None)
+        self._watchers.seen(peer_id, addr)
+
+    def disconnected(self, peer_id: str, now: float, *, telling: bool) -> list[MemberChanged]:
+        """The last connection to a peer went; `telling` if that says something of the peer.
+
+        Where a member was seen is kept as long as the member.
+        """
+        if self.roster.get(peer_id) is None:
+            self._watchers.unseen(peer_id)
+            return []
+        self._broken.pop(peer_id, None)
+        while self._broken and now - next(iter(self._broken.values())) > self._config.broken_s:
+            del self._broken[next(iter(self._broken))]
+        if telling:
+            self._broken[peer_id] = now
+        return self._settle([peer_id], now)
 
     def take_advert(self, advert: OpenAdvert, now: float) -> list[MemberChanged] | None:
         """Takes an advert; returns what changed by it, None if it is no news."""
-        entry = self._entries.get(advert.peer_id)
-        if entry is None:
-            return self._add(advert, now) if self._room() else None
-        if advert.order <= entry.advert.order:
+        old = self.roster.get(advert.peer_id)
+        if old is None:
+            if not self._room():
+                return None
+            state = State.LEFT if advert.left else State.ALIVE
+            change = self._put(advert.peer_id, Entry(advert, state, now), None)
+        elif advert.order <= old.advert.order:
             return None
-        if advert.incarnation > entry.advert.incarnation:  # refutes, or started anew
-            entry.accusations.clear()
-            self._accused.pop(advert.peer_id, None)
-            verdict = State.ALIVE
         else:
-            verdict = entry.state
-        entry.advert = advert
-        change = self._set(advert.peer_id, State.LEFT if advert.left else verdict, now)
-        return [change, *self._settle(now)]
+            refuted = advert.incarnation > old.advert.incarnation  # or started anew
+            if refuted and old.state.live:
+                self._mutes.refuted((a.accuser for a in old.accusations if a.failed), now)
+            state = State.LEFT if advert.left else State.ALIVE if refuted else old.state
+            entry = Entry(
+                advert,
+                state,
+                old.since if state is old.state else now,
+                () if refuted else old.accusations,
+                None if refuted or not state.live else old.refutes_until,
+            )
+            change = self._put(advert.peer_id, entry, old)
+        return [change, *self._settle(self._affected(change), now)]
 
     def take_accusation(self, accusation: OpenAccusation, now: float) -> list[MemberChanged] | None:
         """Takes an accusation; returns what changed by it, None if it is no news or no right."""
-        entry = self._entries.get(accusation.subject)
+        subject = accusation.subject
+        entry = self.roster.get(subject)
         if (
             entry is None
             or not entry.state.live
-            or accusation.subject == self.me
+            or subject == self.me
             or accusation.incarnation != entry.advert.incarnation
-            or len(entry.accusations) >= 4 * self._config.observers
-            or accusation.accuser not in self._may_accuse(accusation.subject)
+            or accusation in entry.accusations
+            # One who is convicted needs no more accusers, but for our own eyes.
+            or (entry.refutes_until is not None and accusation.accuser != self.me)
+            or (accusation.accuser != self.me and self._mutes.muted(accusation.accuser, now))
+            or accusation.accuser not in self._watchers.may_accuse(subject)
         ):
             return None
-        held = entry.accusations.get(accusation.accuser)
-        if held is not None and (held.failed or not accusation.failed):
+        # One voice of each group is kept, so that none keeps the others' out.
+        group = self._watchers.group(accusation.accuser)
+        same = [a for a in entry.accusations if self._watchers.group(a.accuser) == group]
+        if any(a.failed or not accusation.failed for a in same):
             return None
-        entry.accusations[accusation.accuser] = accusation
-        self._accused[accusation.subject] = None
-        return self._settle(now)
+        kept = tuple(a for a in entry.accusations if a not in same)
+        self._put(subject, replace(entry, accusations=(*kept, accusation)), entry)
+        own = [subject, *self._watchers.before(subject)] if accusation.accuser == self.me else []
+        return self._settle(own or [subject], now)
 
-    def forget(self, before: float) -> list[str]:
-        """Drops the members that left or failed before a time; returns them."""
-        gone = [p for p, e in self._entries.items() if not e.state.live and e.since < before]
-        for peer_id in gone:
-            self._drop(peer_id)
-        return gone
+    def answered(self, peer_id: str, now: float) -> None:
+        """A convict answered us: its refutation is on its way."""
+        entry = self.roster.get(peer_id)
+        if entry is not None and entry.refutes_until is not None:
+            self._convict(peer_id, entry, now + self._window_s())
 
-    def check(self) -> None:
-        """Raises AssertionError if the table contradicts itself."""
-        assert len(self._ring) == len(self._entries) <= self._config.members_max
-        kept, self._subjects = self._subjects, None
-        assert kept is None or kept == self.subjects()
-        assert self._live == sum(entry.state.live for entry in self._entries.values())
-        for peer_id, entry in self._entries.items():
-            assert entry.advert.peer_id == peer_id
-            assert entry.advert.left == (entry.state is State.LEFT)
-            assert len(entry.accusations) <= 4 * self._config.observers
-            for accusation in entry.accusations.values():
-                assert accusation.incarnation == entry.advert.incarnation
-            assert (peer_id in self._accused) == bool(entry.state.live and entry.accusations)
+    def refused(self, peer_id: str, now: float) -> list[MemberChanged]:
+        """A convict's machine told us that it is gone."""
+        entry = self.roster.get(peer_id)
+        if entry is None or entry.refutes_until is None:
+            return []
+        self._convict(peer_id, entry, now)
+        return self._settle([peer_id], now)
 
-    def _is(self, peer_id: str, states: tuple[State, ...]) -> bool:
-        return peer_id != self.me and self._entries[peer_id].state in states
+    def expire(self, now: float) -> list[MemberChanged]:
+        """Comes to the verdicts for which the time to refute is over."""
+        changes: list[MemberChanged] = []
+        while self._due and self._due[0][0] <= now:
+            changes += self._settle([heapq.heappop(self._due)[1]], now)
+        return changes
 
-    def _near(self, walk: Iterator[str]) -> list[str]:
-        near: list[str] = []
-        for peer_id in walk:
-            if self._entries[peer_id].state.live:
-                near.append(peer_id)
-                if len(near) == self._config.observers:
-                    break
-        return near
+    def deadline(self) -> float | None:
+        """When `expire` is wanted."""
+        while self._due:
+            until, peer_id = self._due[0]
+            entry = self.roster.get(peer_id)
+            if entry is not None and entry.refutes_until == until:
+                return until
+            heapq.heappop(self._due)  # it refuted, or left, or its time was prolonged
+        return None
 
-    def _may_accuse(self, subject: str) -> list[str]:
-        # Those within our own 2K nearest live observers (DESIGN D7), and the
-        # failed and left ones between them: what they said while they were here
-        # stands, so that one who joins later comes to the same verdict.
-        near: list[str] = []
-        live = 0
-        for peer_id in self._ring.after(subject):
-            near.append(peer_id)
-            live += self._entries[peer_id].state.live
-            if live == 2 * self._config.observers:
+    def stalled(self, lateness_s: float) -> None:
+        """We were not there: refutations may be waiting for us to read them."""
+        self._broken.clear()
+        for peer_id in tuple(self._accused):
+            entry = self.roster.get(peer_id)
+            if entry is not None and entry.refutes_until is not None:
+                self._convict(peer_id, entry, entry.refutes_until + lateness_s)
+
+    def forget(self, before: float) -> None:
+        """Drops the members that left or failed before a time."""
+        while (peer_id := self.roster.longest_gone()) is not None:
+            entry = self.roster.get(peer_id)
+            if entry is None or entry.since >= before:
                 break
-        return near
+            self._drop(peer_id)
 
-    def _group(self, peer_id: str) -> str:
-        entry = self._entries[peer_id]
-        addr = self._seen_at.get(peer_id) or next(iter(entry.advert.addrs), "")
-        return self._group_of(peer_id, addr)
+    def check(self, *, full: bool = False) -> None:
+        """Raises AssertionError if the table contradicts itself.
+
+        Looks at what the last event changed, or at everything.
+        """
+        assert len(self.roster) <= self._config.members_max
+        if full:
+            self.roster.check()
+            assert list(self._accused) == [p for p in self._accused if self._is_accused(p)]
+        for peer_id in dict.fromkeys(self._touched):
+            self.roster.check_entry(peer_id)
+            self.roster.digests.check_of(peer_id)
+            assert (peer_id in self._accused) == self._is_accused(peer_id)
+        if full or self._touched:
+            self._watchers.check()
+
+    # Verdicts
+
+    def _is_accused(self, peer_id: str) -> bool:
+        entry = self.roster.get(peer_id)
+        return entry is not None and entry.state.live and bool(entry.accusations)
+
+    def _settle(self, peer_ids: Iterable[str], now: float) -> list[MemberChanged]:
+        # A verdict changes who observes whom, and so may decide another.
+        changes: list[MemberChanged] = []
+        queue = deque(peer_ids)
+        while queue:
+            peer_id = queue.popleft()
+            entry = self.roster.get(peer_id)
+            if peer_id not in self._accused or entry is None:
+                continue
+            state, until = self._verdict(peer_id, entry, now)
+            if state is entry.state:
+                if until != entry.refutes_until:
+                    self._convict(peer_id, entry, until)
+                continue
+            change = self._put(
+                peer_id, replace(entry, state=state, since=now, refutes_until=None), entry
+            )
+            if until is not None:
+                self._convict(peer_id, self._held(peer_id), until)
+            changes.append(change)
+            queue.extend(self._affected(change))
+        return changes
+
+    def _verdict(self, subject: str, entry: Entry, now: float) -> tuple[State, float | None]:
+        may = self._watchers.may_accuse(subject)
+        voices = [a for a in entry.accusations if a.accuser in may]
+        groups = {self._watchers.group(a.accuser) for a in voices if a.failed}
+        if len(groups) < self._quorum(subject):
+            return (State.SUSPECT if voices else State.ALIVE), None
+        until = now + self._window_s() if entry.refutes_until is None else entry.refutes_until
+        if self._seen_gone(subject, now) or now >= until:
+            return State.FAILED, None
+        return State.SUSPECT, until
+
+    def _window_s(self) -> float:
+        # An epidemic reaches all of n in O(log n) rounds (Demers et al., PODC 1987).
+        return self._config.refutation_s * math.log2(self.live + 1)
+
+    def _convict(self, peer_id: str, entry: Entry, until: float | None) -> None:
+        self._put(peer_id, replace(entry, refutes_until=until), entry)
+        if until is not None:
+            heapq.heappush(self._due, (until, peer_id))
+            if entry.refutes_until is None:
+                self.convicted.append((until, peer_id))
 
     def _quorum(self, subject: str) -> int:
         # Observers that we ourselves find failed cannot be waited for: the last
         # one of three would else never give the other two up.
         groups = {
-            self._group(peer_id)
+            self._watchers.group(peer_id)
             for peer_id in self.observers(subject)
-            if not self._find_failed(peer_id)
+            if not self._found_failed(peer_id)
         }
         return max(1, min(self._config.quorum, len(groups)))
 
-    def _find_failed(self, peer_id: str) -> bool:
-        ours = self._entries[peer_id].accusations.get(self.me)
-        return ours is not None and ours.failed
+    def _found_failed(self, peer_id: str) -> bool:
+        return any(a.failed and a.accuser == self.me for a in self.accusations(peer_id))
 
-    def _verdict(self, subject: str, entry: _Entry) -> State:
-        may = self._may_accuse(subject)
-        accusations = [a for a in entry.accusations.values() if a.accuser in may]
-        groups = {self._group(a.accuser) for a in accusations if a.failed}
-        if len(groups) >= self._quorum(subject):
-            return State.FAILED
-        return State.SUSPECT if accusations else State.ALIVE
+    def _seen_gone(self, peer_id: str, now: float) -> bool:
+        broken_at = self._broken.get(peer_id)
+        recently = (
+            broken_at is not None
+            and now - broken_at <= self._config.broken_s
+            and self.live <= self._config.broken_members_max
+        )
+        return recently or self._found_failed(peer_id)
 
-    def _settle(self, now: float) -> list[MemberChanged]:
-        # A verdict changes who observes whom, and so may decide another.
-        changes: list[MemberChanged] = []
-        again = True
-        while again:
-            again = False
-            for peer_id in tuple(self._accused):
-                entry = self._entries[peer_id]
-                verdict = self._verdict(peer_id, entry)
-                if verdict is not entry.state:
-                    changes.append(self._set(peer_id, verdict, now))
-                    again = again or not verdict.live
-        return changes
+    # Changes
 
-    def _set(self, peer_id: str, state: State, now: float) -> MemberChanged:
-        entry = self._entries.pop(peer_id)
-        self._entries[peer_id] = entry  # the last changed comes last
-        old = entry.state
-        self._count(state.live - old.live)
-        if state is not old:
-            entry.state, entry.since = state, now
-        if not state.live:
+    def _held(self, peer_id: str) -> Entry:
+        entry = self.roster.get(peer_id)
+        assert entry is not None
+        return entry
+
+    def _put(self, peer_id: str, entry: Entry, old: Entry | None) -> MemberChanged:
+        self._touched.append(peer_id)
+        self.roster.put(peer_id, entry)
+        if entry.state.live and entry.accusations:
+            self._accused[peer_id] = None
+        else:
             self._accused.pop(peer_id, None)
-        return MemberChanged(peer_id, old, state, entry.advert)
+        if old is None or old.state.live != entry.state.live or old.advert != entry.advert:
+            self._watchers.changed(peer_id)
+        return MemberChanged(peer_id, old.state if old else None, entry.state, entry.advert)
 
-    def _add(self, advert: OpenAdvert, now: float) -> list[MemberChanged]:
-        state = State.LEFT if advert.left else State.ALIVE
-        self._entries[advert.peer_id] = _Entry(advert, state, now)
-        self._ring.add(advert.peer_id)
-        self._count(state.live)
-        return [MemberChanged(advert.peer_id, None, state, advert), *self._settle(now)]
-
-    def _count(self, by: int) -> None:
-        self._live += by
-        if by:
-            self._subjects = None
+    def _affected(self, change: MemberChanged) -> list[str]:
+        # Who observes a member depends on who of those after it is live.
+        was_live = change.old is not None and change.old.live
+        if not self._accused or was_live == change.new.live:
+            return []
+        return [p for p in self._watchers.before(change.peer_id) if p in self._accused]
 
     def _room(self) -> bool:
-        if len(self._entries) < self._config.members_max:
+        if len(self.roster) < self._config.members_max:
             return True
-        oldest = next((p for p, e in self._entries.items() if not e.state.live), None)
-        if oldest is not None:
-            self._drop(oldest)
-        return oldest is not None
+        longest = self.roster.longest_gone()
+        if longest is not None:
+            self._drop(longest)
+        return longest is not None
 
     def _drop(self, peer_id: str) -> None:
-        self._count(-self._entries.pop(peer_id).state.live)
-        self._ring.remove(peer_id)
-        self._seen_at.pop(peer_id, None)
+        self._touched.append(peer_id)
+        self.roster.drop(peer_id)
+        self._watchers.unseen(peer_id)
+        self._watchers.changed(peer_id)
         self._accused.pop(peer_id, None)
+        self._broken.pop(peer_id, None)

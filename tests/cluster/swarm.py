@@ -333,7 +333,7 @@ class Swarm:
             self.launch(self.directory / f"n{len(self.nodes) + i}", *options)
             for i in range(count - len(new))
         ]
-        new += [self._wait(*started) for started in starting]
+        new += [self.up(*started) for started in starting]
         self.wait_until_all_see_all()
         return new
 
@@ -349,9 +349,7 @@ class Swarm:
 
     def join(self, *options: str, data_dir: Path | None = None) -> Node:
         """Starts one node and waits until it is ready."""
-        return self._wait(
-            *self.launch(data_dir or self.directory / f"n{len(self.nodes)}", *options)
-        )
+        return self.up(*self.launch(data_dir or self.directory / f"n{len(self.nodes)}", *options))
 
     def launch(self, data_dir: Path, *options: str) -> tuple[Process, Path, float]:
         """Starts `join` and does not wait."""
@@ -375,7 +373,8 @@ class Swarm:
         through = [] if node is None else ["--data-dir", str(node.data_dir)]
         return run([*COMMAND, *args, *through], self.env)
 
-    def _wait(self, process: Process, data_dir: Path, started: float) -> Node:
+    def up(self, process: Process, data_dir: Path, started: float) -> Node:
+        """Waits until a node that was launched is ready."""
         ready = process.next_event("ready")
         node = Node(process, data_dir, ready, time.monotonic() - started)
         self.nodes.append(node)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from gossip_world import World, keypair
@@ -18,6 +19,7 @@ from p2pnet.gossip.events import (
     MemberChanged,
     Misbehaved,
     PeerConnected,
+    PeerDisconnected,
     PeerRefused,
     Reply,
     Request,
@@ -36,10 +38,14 @@ from p2pnet.gossip.statements import (
     build_accusation,
     build_advert,
     open_advert,
+    raw_of,
 )
 from p2pnet.gossip.table import Table
 
 NOW = 50.0
+CONFIG = GossipConfig(observers=4, quorum=2)
+LATER = NOW + 2.0  # the time to refute is over: 0.4 s * log2(25) = 1.9 s at most, here
+KIND_PROBE = Kinds.KIND_PROBE
 
 
 def core(number: int = 1, config: GossipConfig | None = None, **options: object) -> Membership:
@@ -48,7 +54,7 @@ def core(number: int = 1, config: GossipConfig | None = None, **options: object)
         incarnation=100,
         now=NOW,
         rng=random.Random(number),
-        config=config,
+        config=config or CONFIG,
         **options,  # type: ignore[arg-type]
     )
 
@@ -70,8 +76,8 @@ def message(
     return write_message(
         kind,
         Versions(low, low),
-        adverts=[s.signed for s in statements if isinstance(s, OpenAdvert)],
-        accusations=[s.signed for s in statements if isinstance(s, OpenAccusation)],
+        adverts=[s.raw for s in statements if isinstance(s, OpenAdvert)],
+        accusations=[s.raw for s in statements if isinstance(s, OpenAccusation)],
     )
 
 
@@ -105,14 +111,130 @@ def nearest(node: Membership, count: int, subject: int) -> list[int]:
     return [numbers[p] for p in table.observers(keypair(subject).peer_id)]
 
 
+def pass_time(node: Membership) -> list[Effect]:
+    """Until the time to refute is over."""
+    effects = list(node.handle(Tick(), LATER))
+    node.check(full=True)
+    return effects
+
+
+def convict(node: Membership, subject: int, *accusers: int) -> None:
+    tell(node, *(accusation(accuser, subject) for accuser in accusers))
+    pass_time(node)
+
+
 def test_two_observers_make_a_failure_and_one_does_not() -> None:
     node = acquainted(6)
     tell(node, accusation(3, 5))
     assert state(node, 5) is State.SUSPECT
     tell(node, accusation(3, 5))  # saying it twice does not help
+    pass_time(node)
     assert state(node, 5) is State.SUSPECT
-    tell(node, accusation(4, 5))
+    node.handle(Request(keypair(2).peer_id, message(accusation(4, 5))), LATER)
+    assert state(node, 5) is State.SUSPECT
+    node.handle(Tick(), LATER + 2)
     assert state(node, 5) is State.FAILED
+
+
+def test_the_convicted_may_refute_while_the_time_for_it_lasts() -> None:
+    node = acquainted(6)
+    tell(node, accusation(3, 5), accusation(4, 5))
+    due = node.deadline()
+    assert due is not None
+    assert due < LATER
+    tell(node, advert(5, 101))
+    assert MemberChanged not in [type(effect) for effect in pass_time(node)]
+    assert state(node, 5) is State.ALIVE
+
+
+def test_whose_connection_to_us_broke_is_failed_without_waiting() -> None:
+    node = acquainted(6)
+    subject = keypair(5).peer_id
+    node.handle(PeerConnected(subject, ""), NOW)
+    tell(node, accusation(3, 5), accusation(4, 5))
+    assert state(node, 5) is State.SUSPECT
+    effects = node.handle(PeerDisconnected(subject), NOW)
+    assert [e.new for e in effects if isinstance(e, MemberChanged)] == [State.FAILED]
+
+
+def test_a_connection_that_came_back_or_broke_long_ago_says_nothing() -> None:
+    for connected_again in (True, False):
+        node = acquainted(6)
+        subject = keypair(5).peer_id
+        node.handle(PeerDisconnected(subject), NOW)
+        now = NOW
+        if connected_again:
+            node.handle(PeerConnected(subject, ""), NOW)
+        else:
+            now = NOW + CONFIG.broken_s + 1
+            node.handle(Tick(), node.deadline() or now)
+        for accuser in (3, 4):
+            news = Request(keypair(2).peer_id, message(accusation(accuser, 5)))
+            node.handle(news, now)
+        assert state(node, 5) is State.SUSPECT
+
+
+def inquiry(node: Membership, subject: int) -> tuple[Send, float]:
+    """The question that a node asks a convict before its time is over, and when."""
+    for _ in range(20):
+        now = node.deadline()
+        for effect in node.handle(Tick(), now):
+            probe = isinstance(effect, Send) and read_message(effect.message).kind == KIND_PROBE
+            if probe and isinstance(effect, Send) and effect.peer_id == keypair(subject).peer_id:
+                return effect, now
+    raise AssertionError("a convict was not asked")
+
+
+def stranger_to(count: int) -> int:
+    """A member that node 1 does not watch."""
+    node = acquainted(count)
+    return next(n for n in range(5, count) if 1 not in nearest(node, count, n)[: CONFIG.observers])
+
+
+def test_a_convict_is_asked_and_who_refuses_is_gone() -> None:
+    node = acquainted(24)
+    subject = stranger_to(24)
+    near = [n for n in nearest(node, 24, subject) if n != 1]
+    tell(node, accusation(near[0], subject), accusation(near[1], subject))
+    send, now = inquiry(node, subject)
+    assert len(read_message(send.message).accusations) == 2
+    node.handle(Unanswered(send.rpc_id), now + 0.01)
+    assert state(node, subject) is State.FAILED
+
+
+def test_a_convict_that_answers_has_more_time_and_who_is_silent_has_not() -> None:
+    for answers in (True, False):
+        node = acquainted(24)
+        subject = stranger_to(24)
+        near = [n for n in nearest(node, 24, subject) if n != 1]
+        tell(node, accusation(near[0], subject), accusation(near[1], subject))
+        send, now = inquiry(node, subject)
+        if answers:
+            node.handle(Answered(send.rpc_id, message(kind=Kinds.KIND_PROBE_ACK)), now + 0.1)
+        while node.deadline() < LATER + 0.3:
+            node.handle(Tick(), node.deadline())
+        assert state(node, subject) is (State.SUSPECT if answers else State.FAILED)
+
+
+def test_who_was_refuted_is_not_heard_at_once_again() -> None:
+    node = acquainted(6)
+    tell(node, accusation(3, 5), accusation(4, 5))
+    tell(node, advert(5, 101))
+    tell(node, accusation(3, 5, 101), accusation(4, 5, 101))
+    assert state(node, 5) is State.ALIVE
+    tell(node, accusation(6, 5, 101))
+    assert state(node, 5) is State.SUSPECT
+
+
+def test_time_that_we_were_not_there_is_none_to_refute_in() -> None:
+    node = acquainted(6)
+    tell(node, accusation(3, 5), accusation(4, 5))
+    due = node.deadline()
+    assert due is not None
+    node.handle(Tick(), due + 60)  # we were stopped for a minute
+    assert state(node, 5) is State.SUSPECT
+    node.handle(Request(keypair(2).peer_id, message(advert(5, 101))), due + 60)
+    assert state(node, 5) is State.ALIVE
 
 
 def test_a_higher_incarnation_refutes_and_an_old_accusation_says_nothing_of_it() -> None:
@@ -132,7 +254,7 @@ def test_who_is_not_among_the_nearest_observers_accuses_in_vain() -> None:
     order = [n for n in nearest(node, count, 5) if n != 1]
     tell(node, *(accusation(far, 5) for far in order[9:]))
     assert state(node, 5) is State.ALIVE
-    tell(node, *(accusation(near, 5) for near in order[:2]))
+    convict(node, 5, *order[:2])
     assert state(node, 5) is State.FAILED
 
 
@@ -147,9 +269,24 @@ def test_accusers_of_one_ip_group_count_once() -> None:
     tell(node, *(advert(number) for number in range(2, 8)))
     for number in (3, 4):
         node.handle(PeerConnected(keypair(number).peer_id, "same"), NOW)
-    tell(node, accusation(3, 5), accusation(4, 5))
+    convict(node, 5, 3, 4)
     assert state(node, 5) is State.SUSPECT
-    tell(node, accusation(6, 5))
+    node.handle(Request(keypair(2).peer_id, message(accusation(6, 5))), LATER)
+    node.handle(Tick(), LATER + 2)
+    assert state(node, 5) is State.FAILED
+
+
+def test_the_voices_of_one_group_keep_no_others_out() -> None:
+    node = core(group_of=lambda peer_id, addr: addr or peer_id)
+    tell(node, *(advert(number) for number in range(2, 30)))
+    near = [n for n in nearest(node, 29, 5) if n != 1][:8]
+    for number in near[:6]:
+        node.handle(PeerConnected(keypair(number).peer_id, "same"), NOW)
+    convict(node, 5, *near[:6])
+    assert state(node, 5) is State.SUSPECT
+    assert len(node.accusations(keypair(5).peer_id)) == 1
+    node.handle(Request(keypair(2).peer_id, message(accusation(near[6], 5))), LATER)
+    node.handle(Tick(), LATER + 2)
     assert state(node, 5) is State.FAILED
 
 
@@ -176,9 +313,9 @@ def test_refuting_is_paced() -> None:
 
 def test_one_whom_we_hold_failed_is_told_so_when_it_asks() -> None:
     node = acquainted(6)
-    tell(node, accusation(3, 5), accusation(4, 5))
+    convict(node, 5, 3, 4)
     probe = message(kind=Kinds.KIND_PROBE)
-    effects = list(node.handle(Request(keypair(5).peer_id, probe), NOW))
+    effects = list(node.handle(Request(keypair(5).peer_id, probe), LATER))
     assert len(reply(effects).accusations) == 2
 
 
@@ -209,7 +346,7 @@ def test_a_forgery_is_an_error_and_nothing_of_its_message_is_taken() -> None:
         public_key=keypair(2).public_key,
         signature=victim.signed.signature,
     )
-    data = write_message(Kinds.KIND_NEWS, Versions(), adverts=[good.signed, stolen])
+    data = write_message(Kinds.KIND_NEWS, Versions(), adverts=[raw_of(good.signed), raw_of(stolen)])
     with pytest.raises(ForgedError):
         node.handle(Request(keypair(2).peer_id, data), NOW)
     node.check()
@@ -258,7 +395,7 @@ def test_answers_to_nothing_are_ignored() -> None:
 
 
 def test_a_full_table_makes_room_by_the_gone_and_takes_no_more_than_it_holds() -> None:
-    node = core(config=GossipConfig(members_max=5))
+    node = core(config=replace(CONFIG, members_max=5))
     tell(node, *(advert(number) for number in range(2, 12)))
     assert [state(node, n) is not None for n in range(1, 8)] == [True] * 5 + [False] * 2
     tell(node, advert(4, left=True))
@@ -268,7 +405,7 @@ def test_a_full_table_makes_room_by_the_gone_and_takes_no_more_than_it_holds() -
 
 
 def test_requests_of_ours_are_bounded_when_nobody_answers() -> None:
-    node = core(config=GossipConfig(pending_max=16))
+    node = core(config=replace(CONFIG, pending_max=16))
     now, under_way = NOW, 0
     for number in range(2, 60):
         now += 0.1
@@ -297,7 +434,7 @@ def test_a_client_puts_nothing_into_the_world() -> None:
     assert asked.client
     assert asked.adverts == ()
     answer = write_message(
-        Kinds.KIND_SYNC_REPLY, Versions(), adverts=[advert(n).signed for n in (2, 3)]
+        Kinds.KIND_SYNC_REPLY, Versions(), adverts=[advert(n).raw for n in (2, 3)]
     )
     told = node.handle(Answered(send.rpc_id, answer), NOW)
     assert Synced(keypair(2).peer_id) in told
@@ -313,7 +450,7 @@ def test_no_message_raises_anything_but_a_remote_error(parts: list[bytes], kind:
     node = acquainted(4)
     good = advert(6).signed
     broken = [
-        good.__class__(payload=part, public_key=good.public_key, signature=good.signature)
+        raw_of(good.__class__(payload=part, public_key=good.public_key, signature=good.signature))
         for part in parts
     ]
     data = write_message(kind, Versions(), adverts=broken[:2], accusations=broken[2:])  # type: ignore[arg-type]

@@ -15,10 +15,12 @@ from p2pnet.gossip.events import (
     Description,
     GossipConfig,
     Leave,
+    Request,
     State,
     SyncWith,
 )
-from p2pnet.gossip.statements import OpenAdvert
+from p2pnet.gossip.messages import Kinds, write_message
+from p2pnet.gossip.statements import OpenAdvert, Versions
 
 
 def settled(count: int, seed: int) -> World:
@@ -187,7 +189,7 @@ def test_a_restart_with_a_clock_set_back_outdoes_its_own_past() -> None:
     assert world.run(10, world.all_alive) is not None
 
 
-def test_one_who_joins_later_agrees_on_who_failed() -> None:
+def test_one_who_joins_later_hears_only_of_those_who_are_here() -> None:
     world = settled(8, 8)
     dead = world.list()[1:4]
     for node in dead:
@@ -195,7 +197,26 @@ def test_one_who_joins_later_agrees_on_who_failed() -> None:
     world.run(40, lambda: all(set(world.states(n.peer_id)) == {State.FAILED} for n in dead))
     newcomer = world.add(50)
     world.feed(newcomer, SyncWith(world.list()[0].peer_id))
-    took = world.run(10, lambda: all(set(world.states(n.peer_id)) == {State.FAILED} for n in dead))
+    took = world.run(10, world.all_alive)
+    assert took is not None
+    assert took < 5
+    assert all(newcomer.core.member(node.peer_id) is None for node in dead)
+
+
+def test_one_told_of_the_dead_by_a_liar_is_told_better_by_the_next() -> None:
+    world = settled(8, 8)
+    dead = world.list()[3]
+    advert = dead.core.member(dead.peer_id)
+    assert advert is not None
+    world.kill(dead)
+    world.run(40, lambda: set(world.states(dead.peer_id)) == {State.FAILED})
+    world.run(30)  # the news of it are old
+    newcomer = world.add(50)
+    world.feed(newcomer, SyncWith(world.list()[0].peer_id))
+    world.run(1)
+    replay = write_message(Kinds.KIND_NEWS, Versions(), adverts=[advert.advert.raw])
+    world.feed(newcomer, Request(world.list()[1].peer_id, replay))
+    took = world.run(10, lambda: set(world.states(dead.peer_id)) == {State.FAILED})
     assert took is not None
     assert took < 5
 
@@ -291,3 +312,26 @@ def test_a_run_is_the_same_again_with_the_same_seed() -> None:
         world.run(5)
         runs.append((world.messages, world.ever(State.FAILED)))
     assert runs[0] == runs[1]
+
+
+def test_round_trips_are_measured_or_foretold() -> None:
+    world = settled(8, 15)
+    world.run(30)
+    node = world.list()[0].core
+    one, other = (n.peer_id for n in world.list()[3:5])
+    measured = node.round_trip_s(one, world.list()[0].peer_id)
+    foretold = node.round_trip_s(one, other)
+    assert measured is not None
+    assert 0.001 <= measured <= 0.01  # as the world's delays are
+    assert foretold is not None
+    assert 0.0005 <= foretold <= 0.02
+    assert node.round_trip_s(one, one) == 0.0
+    assert node.round_trip_s(one, "a stranger") is None
+
+
+def test_an_advert_says_where_a_node_is_but_not_often() -> None:
+    world = settled(4, 16)
+    world.run(400)
+    told = [n.core.member(n.peer_id) for n in world.list()]
+    assert all(m is not None and m.advert.coordinate is not None for m in told)
+    assert all(m is not None and m.advert.sequence <= 400 / 30 for m in told)

@@ -1,0 +1,76 @@
+"""The fuzzer itself: its samples are good ones, and the same seed makes the same frames."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+import trio
+from fuzz import parsers
+from fuzz.mutations import bytes_of, fields_of, mutated, scrambled
+from fuzz.parsers import PARSERS, Parser
+
+GOOD: dict[str, tuple[bytes, ...]] = {
+    "kad-dht message": parsers.KAD,
+    "batch of requests": (parsers.BATCH,),
+    "record set": (parsers.SET,),
+    "record": parsers.SIGNED_RECORDS,
+    "manifest": (parsers.written(parsers.manifest()),),
+    "multiaddr as bytes": parsers.RAW_ADDRS,
+    "multiaddr as text": tuple(addr.encode() for addr in parsers.ADDRS[:3]),
+    "gossip message": parsers.GOSSIP,
+    "advert": tuple(advert.raw for advert in parsers.ADVERTS),
+    "accusation": tuple(accusation.raw for accusation in parsers.ACCUSATIONS),
+    "gossip request": parsers.GOSSIP[:3],
+    "peers on disk": (parsers.KNOWN,),
+    "records on disk": (parsers.HELD,),
+    "certificate": (parsers.CERTIFICATE.cert_der,),
+    "stream that a peer opens": parsers.OPENINGS,
+    "stream that we open": parsers.ACCEPTED[:1],
+    "identify message": (
+        parsers.HELLO + parsers.frame(b"/ipfs/id/1.0.0\n") + parsers.frame(parsers.IDENTIFY),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_the_samples_are_what_an_honest_peer_sends(name: str) -> None:
+    (parser,) = (parser for parser in PARSERS if parser.name == name)
+    for sample in GOOD[name]:
+        read = parser.start(Random(0))
+        if parser.waits:
+            trio.run(read, sample)
+        else:
+            read(sample)
+
+
+@pytest.mark.parametrize("parser", PARSERS, ids=lambda parser: parser.name)
+def test_the_same_seed_makes_the_same_frames_and_others_do_not(parser: Parser) -> None:
+    def frames(seed: int) -> list[bytes]:
+        rng = Random(seed)
+        return [parser.frame(rng) for _ in range(30)]
+
+    assert frames(1) == frames(1)
+    assert frames(1) != frames(2)
+
+
+def test_fields_are_taken_apart_and_put_together_again() -> None:
+    for sample in (*parsers.KAD, *parsers.GOSSIP, *parsers.SIGNED_RECORDS, parsers.SET):
+        fields = fields_of(sample)
+        assert fields
+        assert bytes_of(fields) == sample
+    for wrong in (b"\x0a\x05ab", b"\x0b", b"\x08", b"\xff" * 12):
+        assert fields_of(wrong) is None
+
+
+def test_values_are_scrambled_in_a_copy() -> None:
+    before = parsers.GOSSIP_MESSAGES[0].SerializeToString()
+    rng = Random(1)
+    assert any(scrambled(rng, parsers.GOSSIP_MESSAGES[0]) != parsers.GOSSIP_MESSAGES[0]
+               for _ in range(5))  # fmt: skip
+    assert parsers.GOSSIP_MESSAGES[0].SerializeToString() == before
+
+
+def test_a_mutated_frame_has_its_bound() -> None:
+    rng = Random(3)
+    assert max(len(mutated(rng, parsers.KAD)) for _ in range(2000)) <= 8 << 10
