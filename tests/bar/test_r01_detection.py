@@ -12,14 +12,17 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from cluster.swarm import Node, Swarm, until
-from conftest import Scale
 
 from p2pnet.gossip.probing import Watch
 from p2pnet.sim.report import Report, quantile
 from p2pnet.sim.scenarios.detection import SCENARIO
+
+if TYPE_CHECKING:
+    from conftest import Scale
 
 SEED = 7
 # p50 and p99 in probe intervals, which are seconds.

@@ -10,10 +10,12 @@ figure, without the rule, and the rule alone with and without it.
 from __future__ import annotations
 
 from collections.abc import Callable
-
-from conftest import Scale
+from typing import TYPE_CHECKING
 
 from p2pnet.sim.scenarios.pauses import SCENARIO
+
+if TYPE_CHECKING:
+    from conftest import Scale
 
 SEED = 7
 ALONE = {"quorum": 1.0, "refutation_s": 0.0}

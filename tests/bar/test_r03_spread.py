@@ -8,13 +8,16 @@ other compares no digests and tells everything at each exchange.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
-from conftest import Scale
 
 from p2pnet.gossip.packing import Packer
 from p2pnet.sim.report import Report
 from p2pnet.sim.scenarios.spread import SCENARIO
+
+if TYPE_CHECKING:
+    from conftest import Scale
 
 SEED = 7
 SHORT = {"watched_s": 5.0}

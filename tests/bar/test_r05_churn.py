@@ -7,6 +7,7 @@ Short form: 30 nodes, half of which have sessions of 40 s, for 40 s. As written:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ def lookups_found(report: Report) -> float:
     return float(report.figures["lookups that found"])
 
 
-def test_r05(scale, figure: Figure) -> None:  # type: ignore[no-untyped-def]
+def test_r05(scale: Any, figure: Figure) -> None:
     nodes, options = (200, AS_WRITTEN) if scale.as_written else (30, SHORT)
     report = SCENARIO.play(nodes, SEED, options)
     figure(report.text())

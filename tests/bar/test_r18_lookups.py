@@ -7,6 +7,7 @@ written: 1,000 and 10,000 nodes, 500 lookups each, every kind of liar by itself 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 
@@ -31,14 +32,14 @@ def play(nodes: int, lookups: int, liars: Mapping[str, float], figure: Figure) -
 
 
 @pytest.mark.parametrize("liars", [CLEAN, MIXED, INVENTORS], ids=["clean", "mixed", "inventors"])
-def test_r18(liars: Mapping[str, float], scale, figure: Figure) -> None:  # type: ignore[no-untyped-def]
+def test_r18(liars: Mapping[str, float], scale: Any, figure: Figure) -> None:
     sizes = [(1000, 500), (10_000, 500)] if scale.as_written else [(1000, 40)]
     for nodes, lookups in sizes:
         assert play(nodes, lookups, liars, figure).failures == []
 
 
 @pytest.mark.parametrize("liars", ALONE[:2], ids=list(CLEAN)[:2])
-def test_r18_one_kind_of_liar(liars: Mapping[str, float], scale, figure: Figure) -> None:  # type: ignore[no-untyped-def]
+def test_r18_one_kind_of_liar(liars: Mapping[str, float], scale: Any, figure: Figure) -> None:
     sizes = [(1000, 500), (10_000, 500)] if scale.as_written else [(200, 30)]
     for nodes, lookups in sizes:
         assert play(nodes, lookups, liars, figure).failures == []

@@ -6,6 +6,7 @@ Short form: 150 honest nodes, 30 reads. As written: 1,000 honest nodes, 200 read
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ def play(nodes: int, reads: int, figure: Figure) -> Report:
     return report
 
 
-def test_r19(scale, figure: Figure) -> None:  # type: ignore[no-untyped-def]
+def test_r19(scale: Any, figure: Figure) -> None:
     report = play(1000, 200, figure) if scale.as_written else play(150, 30, figure)
     assert report.failures == []
 

@@ -9,12 +9,15 @@ time to refute.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
-from conftest import Scale
 
 from p2pnet.gossip.table import Table
 from p2pnet.sim.scenarios.accusers import SCENARIO
+
+if TYPE_CHECKING:
+    from conftest import Scale
 
 SEED = 7
 SHORT = {"lasts_s": 3.0}

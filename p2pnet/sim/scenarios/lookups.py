@@ -76,7 +76,7 @@ class _Lookups:
             self.world.after(number * _PAUSE_S, self._look_up)
 
     def _corrupt(self, liars: list[Peer], counts: list[int]) -> None:
-        silent, friends, inventors = counts
+        silent, friends, _ = counts
         among_themselves = nearest_of(
             [PeerInfo(p.peer_id, (p.machine.addr,)) for p in liars[silent : silent + friends]]
         )
