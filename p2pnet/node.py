@@ -30,7 +30,8 @@ from p2pnet.bootstrap import parse_list
 from p2pnet.control import Control
 from p2pnet.data.blobs import BlobStore
 from p2pnet.datadir import DataDir
-from p2pnet.dht.shell import KAD_PROTOCOL, Dht
+from p2pnet.dht.shell import Dht
+from p2pnet.dht.wire import KAD_PROTOCOL
 from p2pnet.errors import P2PNetError
 from p2pnet.events import EventBus
 from p2pnet.gossip.capabilities import Capabilities

@@ -66,7 +66,7 @@ def join(
 
     from p2pnet.bootstrap import read_all
     from p2pnet.data.blobs import path_of
-    from p2pnet.dht.shell import KAD_PROTOCOL
+    from p2pnet.dht.wire import KAD_PROTOCOL
     from p2pnet.keys import short
     from p2pnet.node import NodeConfig, NodeInfo, run_node
 

@@ -54,7 +54,7 @@ def _node_of_our_own(
 ) -> Iterator[Path]:
     import trio
 
-    from p2pnet.dht.shell import KAD_PROTOCOL
+    from p2pnet.dht.wire import KAD_PROTOCOL
     from p2pnet.node import NodeConfig, NodeInfo, run_node
 
     ready = threading.Event()

@@ -176,6 +176,11 @@ class Kademlia:
             and table.has_room(peer_id)
         )
 
+    def is_holder(self, peer_id: str) -> bool:
+        """Whether that peer is in the table, and keeps records."""
+        contact = self.local.table.get(peer_id)
+        return contact is not None and contact.holder
+
     def checking(self, peer_id: str) -> bool:
         """Whether it is being found out if that peer answers lookups."""
         return peer_id in self._checking

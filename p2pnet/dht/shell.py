@@ -10,7 +10,7 @@ import logging
 import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,11 +21,12 @@ from p2pnet.core import Tick
 from p2pnet.dht import events as ev
 from p2pnet.dht import wire
 from p2pnet.dht.canonical import parse_canonical
+from p2pnet.dht.carrier_shell import Carrier
 from p2pnet.dht.core import Kademlia
 from p2pnet.dht.lookup import QUORUM
 from p2pnet.dht.records import PAYLOAD_BYTES_MAX, OpenRecord, open_record
 from p2pnet.dht.snapshot import Held
-from p2pnet.dht.wire import Kind, Message
+from p2pnet.dht.wire import KAD_PROTOCOL, RECORD_PROTOCOL, Kind, Message
 from p2pnet.errors import (
     CancelledByUs,
     LocalError,
@@ -43,9 +44,6 @@ from p2pnet.v1 import common_pb2, records_pb2
 if TYPE_CHECKING:
     from trio_typing import TaskStatus  # libp2p installs trio-stubs, which hides trio's own
 
-KAD_PROTOCOL = "/p2pnet/kad/1.0.0"
-# Announced by peers that keep records; stock peers of the same DHT only route.
-RECORD_PROTOCOL = "/p2pnet/record/1"
 TIMEOUT_S = 10.0
 _CHECK_TIMEOUT_S = 5.0
 _CHECKS_AT_ONCE = 8
@@ -104,10 +102,17 @@ class Dht:
         self._replies: dict[int, Message | MalformedError | None] = {}
         self._makers: dict[bytes, Callable[[], common_pb2.Signed]] = {}
         self._checking: dict[str, _Check] = {}
-        # Requests that wait for a batch to the same peer to come back.
-        self._lines: dict[str, list[ev.SendRequest]] = {}
         self._check_slots = trio.CapacityLimiter(_CHECKS_AT_ONCE)
-        self._counts = {"requests_sent": 0, "requests_failed": 0, "requests_answered": 0}
+        self._answered = 0
+        self._carrier = Carrier(
+            network,
+            server=server,
+            protocol=protocol,
+            feed=self._feed,
+            spawn=self._spawn,
+            is_holder=self._core.is_holder,
+            wall_ms=wall_ms,
+        )
 
     async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Takes part until cancelled."""
@@ -137,7 +142,7 @@ class Dht:
             UnreachableError: no other peer answered.
         """
         if peer_id == self._network.peer_id:
-            return self._us()
+            return self._carrier.us()
         peer_id_bytes(peer_id)
         result = await self._operate(lambda op_id: ev.FindNode(op_id, peer_id, timeout_s))
         assert isinstance(result, ev.Nodes)
@@ -259,7 +264,7 @@ class Dht:
         """
         result = await self._operate(lambda op_id: ev.FindProviders(op_id, key, timeout_s))
         assert isinstance(result, ev.Providers)
-        ours = self._us()
+        ours = self._carrier.us()
         return [ours if peer.peer_id == ours.peer_id else peer for peer in result.peers]
 
     # What the node tells it
@@ -284,7 +289,11 @@ class Dht:
 
     def stats(self) -> dict[str, int | float | None]:
         """Counts, for people and for `p2pnet dht stats`."""
-        return self._core.stats() | self._counts
+        return self._core.stats() | {
+            "requests_sent": self._carrier.sent,
+            "requests_failed": self._carrier.failed,
+            "requests_answered": self._answered,
+        }
 
     # What outlives a restart
 
@@ -314,7 +323,7 @@ class Dht:
                 else:
                     self._perform(effect)
         for peer_id, together in requests.items():
-            self._send(peer_id, together)
+            self._carrier.send(peer_id, together)
         for peer_id, checked in list(self._checking.items()):
             if checked.fed and not self._core.checking(peer_id):
                 del self._checking[peer_id]
@@ -339,31 +348,6 @@ class Dht:
             case _:
                 # Forget: out of the table; the network disconnects a peer that is silent.
                 pass
-
-    def _send(self, peer_id: str, requests: list[ev.SendRequest]) -> None:
-        """Several requests to one peer travel together, if it keeps records as we do.
-
-        While a batch is under way there, the others wait and make the next one, which
-        is Nagle's rule (RFC 896) and needs no timer.
-        """
-        contact = self._core.local.table.get(peer_id)
-        batched: list[ev.SendRequest] = []
-        for request in requests:
-            if contact is None or not contact.holder or request.message.kind is Kind.ADD_PROVIDER:
-                self._spawn(self._request, request)
-            else:
-                batched.append(request)
-        if peer_id in self._lines:
-            self._lines[peer_id] += batched
-        else:
-            self._send_batched(peer_id, batched)
-
-    def _send_batched(self, peer_id: str, requests: list[ev.SendRequest]) -> None:
-        if len(requests) > 1:
-            self._lines[peer_id] = requests[wire.BATCH_MAX :]
-            self._spawn(self._request_batch, requests[: wire.BATCH_MAX])
-        elif requests:
-            self._spawn(self._request, requests[0])
 
     def _spawn(self, task: Callable[..., Awaitable[None]], *arguments: object) -> None:
         if self._nursery is None:
@@ -432,68 +416,6 @@ class Dht:
             raise UnreachableError(f"the DHT cannot say: {waiting.result.reason}")
         return waiting.result
 
-    async def _request(self, effect: ev.SendRequest) -> None:
-        wants_reply = effect.message.kind is not Kind.ADD_PROVIDER
-        event: ev.Event
-        try:
-            data = await self._ask(
-                [effect], self._protocol, wire.serialise(self._with_us(effect.message))
-            )
-            message = wire.parse(data) if wants_reply else None
-            event = await self._arrived(effect, message)
-        except RemoteError as error:
-            event = self._no_answer(effect, error)
-        self._feed(event)
-
-    async def _request_batch(self, effects: list[ev.SendRequest]) -> None:
-        peer_id = effects[0].peer.peer_id
-        batch = wire.serialise_batch([self._with_us(effect.message) for effect in effects])
-        events: list[ev.Event] = []
-        replies: list[bytes] = []
-        try:
-            if len(batch) <= MESSAGE_BYTES_MAX:
-                replies = wire.parse_batch(await self._ask(effects, RECORD_PROTOCOL, batch))
-            if len(replies) > len(effects):
-                raise MalformedError("a batch with more replies than requests")
-        except RemoteError as error:
-            events += [self._no_answer(effect, error) for effect in effects]
-        else:
-            for effect, data in zip(effects, replies, strict=False):
-                try:
-                    events.append(await self._arrived(effect, wire.parse(data)))
-                except RemoteError as error:
-                    events.append(self._no_answer(effect, error))
-        self._feed(*events)
-        for effect in effects[len(events) :]:  # what made a message too large, by itself
-            self._spawn(self._request, effect)
-        self._send_batched(peer_id, self._lines.pop(peer_id))
-
-    async def _ask(self, effects: list[ev.SendRequest], protocol: str, data: bytes) -> bytes:
-        peer = effects[0].peer
-        self._counts["requests_sent"] += 1
-        try:
-            return await self._network.request(
-                peer.peer_id,
-                protocol,
-                data,
-                timeout_s=effects[0].timeout_s,
-                addrs=peer.addrs,
-                wants_reply=effects[0].message.kind is not Kind.ADD_PROVIDER,
-            )
-        except RemoteError:
-            self._counts["requests_failed"] += 1
-            raise
-
-    async def _arrived(self, effect: ev.SendRequest, message: Message | None) -> ev.ReplyArrived:
-        peer_id = effect.peer.peer_id
-        spoken = await self._network.protocols(peer_id, timeout_s=effect.timeout_s)
-        holder, addr = RECORD_PROTOCOL in spoken, self._network.seen_at(peer_id)
-        return ev.ReplyArrived(effect.rpc_id, message, holder, self._wall_ms(), addr)
-
-    def _no_answer(self, effect: ev.SendRequest, error: RemoteError) -> ev.RequestFailed:
-        _log.debug("%s to peer %s: %s", effect.message.kind.name, effect.peer.peer_id, error)
-        return ev.RequestFailed(effect.rpc_id)
-
     async def _serve(self, peer_id: str, data: bytes) -> bytes | None:
         """Answers a request; None where the protocol has no answer."""
         reply = self._answer(peer_id, wire.parse(data))
@@ -527,10 +449,10 @@ class Dht:
             if message.kind is Kind.PUT_VALUE:  # a stock peer's value, perhaps: no offence
                 raise RefusedError(str(reply))
             raise reply
-        self._counts["requests_answered"] += 1
+        self._answered += 1
         addrs = [peer.addrs for peer in message.closer[:1] if peer.peer_id == peer_id]
         self._consider(peer_id, addrs[0] if addrs else ())
-        return None if reply is None else self._with_us(reply, asks=False)
+        return None if reply is None else self._carrier.reply_with_us(reply)
 
     async def _renew(self, key: bytes) -> None:
         make = self._makers.get(key)
@@ -570,25 +492,6 @@ class Dht:
                 self._checking.pop(peer_id).done.set()
 
     # Ourselves
-
-    def _us(self) -> PeerInfo:
-        return PeerInfo(self._network.peer_id, self._network.addrs()[: wire.ADDRS_MAX])
-
-    def _with_us(self, message: Message, *, asks: bool = True) -> Message:
-        """A message with our present addresses wherever it names us; see `Message.closer`."""
-        ours = self._us()
-        providers = tuple(
-            ours if peer.peer_id == ours.peer_id else peer for peer in message.providers
-        )
-        closer = (ours,) if asks and self._server else message.closer
-        if (
-            not asks
-            and message.kind is Kind.FIND_NODE
-            and message.key == peer_id_bytes(ours.peer_id)
-        ):
-            # go-libp2p takes into its table only who names itself when asked for itself.
-            closer = (ours, *closer[: wire.PEERS_MAX - 1])
-        return replace(message, closer=closer, providers=providers)
 
     def _open(self, signed: common_pb2.Signed) -> OpenRecord:
         """A record of our own. Raises LocalError for one that peers would refuse."""

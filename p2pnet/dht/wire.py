@@ -20,6 +20,9 @@ from p2pnet.net import multiaddr
 from p2pnet.net.network import PeerInfo
 from p2pnet.v1 import kad_pb2 as pb
 
+KAD_PROTOCOL = "/p2pnet/kad/1.0.0"
+# Announced by peers that keep records; stock peers of the same DHT only route.
+RECORD_PROTOCOL = "/p2pnet/record/1"
 KEY_BYTES_MAX = 80  # as go-libp2p has it; ours have 34 bytes
 PEERS_MAX = 20  # in a list of ours
 ADDRS_MAX = 16

@@ -19,8 +19,8 @@ from p2pnet.net.network import PeerInfo
 from p2pnet.sim.driver import Driver
 from p2pnet.sim.machine import Machine
 
-PROTOCOL = "/p2pnet/kad/1.0.0"
-RECORD_PROTOCOL = "/p2pnet/record/1"
+PROTOCOL = kad_wire.KAD_PROTOCOL
+RECORD_PROTOCOL = kad_wire.RECORD_PROTOCOL
 # As the shell has them.
 CHECK_TIMEOUT_S = 5.0
 CHECKS_MAX = 256

@@ -41,9 +41,9 @@ from p2pnet.dht import manifest, records, wire
 from p2pnet.dht.core import Kademlia
 from p2pnet.dht.rates import SenderRates
 from p2pnet.dht.records import OpenRecord, open_record
-from p2pnet.dht.shell import KAD_PROTOCOL, RECORD_PROTOCOL, Dht
+from p2pnet.dht.shell import Dht
 from p2pnet.dht.store import RecordStore
-from p2pnet.dht.wire import Kind, Message
+from p2pnet.dht.wire import KAD_PROTOCOL, RECORD_PROTOCOL, Kind, Message
 from p2pnet.errors import MalformedError, UnreachableError
 from p2pnet.net.memory import MemoryFabric
 

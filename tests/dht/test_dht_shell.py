@@ -20,7 +20,8 @@ from dht_samples import (
 
 from p2pnet.dht.keyspace import record_key, vnode_key
 from p2pnet.dht.manifest import network_id_of
-from p2pnet.dht.shell import KAD_PROTOCOL, RECORD_PROTOCOL, Dht
+from p2pnet.dht.shell import Dht
+from p2pnet.dht.wire import KAD_PROTOCOL, RECORD_PROTOCOL
 from p2pnet.errors import CancelledByUs, LocalError, MalformedError, UnreachableError
 from p2pnet.net.memory import MemoryFabric
 from p2pnet.net.network import PeerInfo
