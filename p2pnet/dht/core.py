@@ -8,9 +8,7 @@ that want to know (`searches.py`, `placements.py`); what others ask is answered 
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from p2pnet.core import Tick
@@ -21,8 +19,9 @@ from p2pnet.dht.local import REPLICAS, Local
 from p2pnet.dht.lookup import QUORUM
 from p2pnet.dht.placements import ProviderPlacement, RecordPlacement
 from p2pnet.dht.records import OpenRecord
+from p2pnet.dht.requests import Request, Requests
 from p2pnet.dht.routing import Contact
-from p2pnet.dht.rtt import TIMEOUT_S_MAX, TIMEOUT_S_MIN
+from p2pnet.dht.rtt import TIMEOUT_S_MIN
 from p2pnet.dht.searches import Ask, NodeSearch, ProviderSearch, RecordSearch, Search
 from p2pnet.dht.snapshot import Held
 from p2pnet.dht.upkeep import REFRESH_BITS_MAX, REFRESH_S, Upkeep
@@ -34,39 +33,12 @@ from p2pnet.net.network import PeerInfo
 
 _UPKEEP_TIMEOUT_S = 20.0
 _FRESH_S = 60.0  # who was seen so lately is not asked whether it is there
-_GRACE_S = 1.0  # what the shell may be late with a failure
 _RUNNING_MAX = 64
 _QUEUED_MAX = 4096
 _CHECKS_MAX = 64
 _CHECK_ALL_EVERY = 32
-_AT_ONCE = 8  # requests that a peer is expected to answer as fast as one
 
 _Then = Callable[[ev.Result, float], None]
-
-
-@dataclass(slots=True)
-class _Request:
-    """One under way. `operation` None: only the table wants to know.
-
-    `check`: whether a good answer lets the peer into the table; `last`: whether it is the
-    last chance of one that is there.
-    """
-
-    peer: PeerInfo
-    kind: Kind
-    operation: Search | None
-    check: bool
-    last: bool
-    sent_at: float
-    slow_at: float | None  # None: past
-    overdue_at: float | None
-    given_up_at: float
-
-    @property
-    def next_at(self) -> float:
-        if self.slow_at is not None:
-            return self.slow_at
-        return self.given_up_at if self.overdue_at is None else self.overdue_at
 
 
 class Kademlia:
@@ -86,14 +58,11 @@ class Kademlia:
         self.local = Local(peer_id, server=server, group_of=group_of)
         self._upkeep = Upkeep(rng)
         self._handover = Handover(self.local)
-        self._requests: dict[int, _Request] = {}
-        self._last_rpc_id = 0
+        self._requests = Requests(self.local)
         # What becomes of a result: several may wait for one search.
         self._running: dict[Search, list[_Then]] = {}
         self._queued: dict[Search, list[_Then]] = {}
         self._gets: dict[tuple[bytes, int], RecordSearch] = {}
-        self._checking: dict[str, None] = {}
-        self._at_once: Counter[str] = Counter()  # requests under way, by peer
         self._republishing = 0
         self._checks = 0
         self._effects: list[ev.Effect] = []
@@ -136,7 +105,7 @@ class Kademlia:
 
     def deadline(self) -> float | None:
         """When it wants a Tick, at the latest."""
-        times = [request.next_at for request in self._requests.values()]
+        times = [request.next_at for request in self._requests.under_way()]
         times += [search.until for search in self._running]
         times += [search.until for search in self._queued]
         times += [at for at in (self._upkeep.deadline(), self._handover.next_at) if at is not None]
@@ -157,13 +126,9 @@ class Kademlia:
         assert all(waiting == [] or s.result is None for s, waiting in self._running.items())
         assert len(self._running) <= _RUNNING_MAX
         assert len(self._queued) <= _QUEUED_MAX
-        for request in self._requests.values():
-            assert request.peer.peer_id != self.local.peer_id, "we ask ourselves"
-            assert request.sent_at <= request.next_at <= request.given_up_at
-        asked = [id(request.operation) for request in self._requests.values()]
+        self._requests.check()
+        asked = [id(request.operation) for request in self._requests.under_way()]
         assert all(id(search) in asked for search in self._running), "one that waits for nothing"
-        checked = [r.peer.peer_id for r in self._requests.values() if r.check]
-        assert sorted(checked) == sorted(self._checking)
         self._handover.check()
 
     def wants(self, peer_id: str) -> bool:
@@ -171,7 +136,7 @@ class Kademlia:
         table = self.local.table
         return (
             peer_id != self.local.peer_id
-            and peer_id not in self._checking
+            and not self._requests.checks(peer_id)
             and table.get(peer_id) is None
             and table.has_room(peer_id)
         )
@@ -183,7 +148,7 @@ class Kademlia:
 
     def checking(self, peer_id: str) -> bool:
         """Whether it is being found out if that peer answers lookups."""
-        return peer_id in self._checking
+        return self._requests.checks(peer_id)
 
     def stats(self) -> dict[str, int | float | None]:
         """Counts, for people."""
@@ -318,39 +283,8 @@ class Kademlia:
         check: bool = False,
         last: bool = False,
     ) -> None:
-        self._last_rpc_id += 1
-        trips = self.local.round_trips
-        # What is under way at a peer keeps it busy.
-        busy = 1.0 + self._at_once[peer.peer_id] / _AT_ONCE
-        self._at_once[peer.peer_id] += 1
-        timeout_s = min(busy * trips.timeout_s(peer.peer_id), TIMEOUT_S_MAX)
-        self._requests[self._last_rpc_id] = _Request(
-            peer=peer,
-            kind=message.kind,
-            operation=search,
-            check=check,
-            last=last,
-            sent_at=now,
-            slow_at=None if last else now + busy * trips.hedge_s(peer.peer_id),
-            overdue_at=None if last else now + busy * trips.patience_s(peer.peer_id),
-            given_up_at=now + timeout_s + _GRACE_S,
-        )
-        if last:
-            self.local.stalled(peer.peer_id, +1)
-        if check:
-            self._checking[peer.peer_id] = None
-        self._effects.append(ev.SendRequest(self._last_rpc_id, peer, message, timeout_s))
-
-    def _over(self, rpc_id: int) -> None:
-        """A request is under way no more."""
-        request = self._requests.pop(rpc_id)
-        self._at_once[request.peer.peer_id] -= 1
-        if not self._at_once[request.peer.peer_id]:
-            del self._at_once[request.peer.peer_id]
-        if request.overdue_at is None:
-            self.local.stalled(request.peer.peer_id, -1)
-        if request.check:
-            del self._checking[request.peer.peer_id]
+        request = self._requests.open(peer, message.kind, search, now, check=check, last=last)
+        self._effects.append(ev.SendRequest(request.rpc_id, peer, message, request.timeout_s))
 
     def _replied(self, event: ev.ReplyArrived, now: float) -> None:
         request = self._requests.get(event.rpc_id)
@@ -366,7 +300,7 @@ class Kademlia:
         except MalformedError:
             self._failed(event.rpc_id, now)
             return
-        self._over(event.rpc_id)
+        self._requests.close(request)
         self.local.round_trips.sample(peer_id, now - request.sent_at)
         self.local.alive(peer_id)
         # ADD_PROVIDER has no answer, so that it shows nothing.
@@ -381,13 +315,13 @@ class Kademlia:
         request = self._requests.get(rpc_id)
         if request is None:
             return
-        self._over(rpc_id)
+        self._requests.close(request)
         self._missed(request, now)
         search = request.operation
         if search is not None and not search.over:
             self._go_on(search, search.failed(request.peer.peer_id, now), now)
 
-    def _missed(self, request: _Request, now: float) -> None:
+    def _missed(self, request: Request, now: float) -> None:
         """A peer did not answer: it goes, unless it may only have been too busy."""
         peer_id = request.peer.peer_id
         contact = self.local.table.get(peer_id)
@@ -412,7 +346,7 @@ class Kademlia:
         elif self.local.table.get(peer_id) is not None:
             contact = self._contact(peer_id, event.addrs, event.holder, event.addr, now)
             self._seen(contact, now)
-        elif self.wants(peer_id) and len(self._checking) < _CHECKS_MAX:
+        elif self.wants(peer_id) and self._requests.checks_count < _CHECKS_MAX:
             self._look(PeerInfo(peer_id, event.addrs), now, check=True)
 
     def _look(self, peer: PeerInfo, now: float, *, check: bool = False, last: bool = False) -> None:
@@ -435,7 +369,8 @@ class Kademlia:
         if known is None and contact.holder and table.get(contact.peer_id) is not None:
             self._handover.newcomer(contact, now)
         if longest_silent is not None and longest_silent.seen_at < now - _FRESH_S:
-            asked = (r.peer.peer_id for r in self._requests.values() if r.operation is None)
+            requests = self._requests.under_way()
+            asked = (r.peer.peer_id for r in requests if r.operation is None)
             if longest_silent.peer_id not in asked:
                 self._look(longest_silent.info, now)
 
@@ -481,17 +416,16 @@ class Kademlia:
     # Time
 
     def _tick(self, now: float) -> None:
-        for rpc_id, request in list(self._requests.items()):
+        for request in self._requests.under_way():
             search = request.operation
             if request.slow_at is not None and request.slow_at <= now:
                 request.slow_at = None
                 if search is not None and not search.over:
                     self._go_on(search, search.slow(request.peer.peer_id, now), now)
             if request.given_up_at <= now:
-                self._failed(rpc_id, now)
+                self._failed(request.rpc_id, now)
             elif request.overdue_at is not None and request.overdue_at <= now:
-                request.overdue_at = None
-                self.local.stalled(request.peer.peer_id, +1)
+                self._requests.overdue(request)
                 if search is not None and not search.over:
                     self._go_on(search, search.overdue(request.peer.peer_id, now), now)
         for search in [search for search in self._queued if search.until <= now]:
