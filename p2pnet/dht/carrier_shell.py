@@ -118,10 +118,10 @@ class Carrier:
 
     async def _request_batch(self, effects: list[ev.SendRequest]) -> None:
         peer_id = effects[0].peer.peer_id
-        batch = wire.serialise_batch([self.request_with_us(effect.message) for effect in effects])
         events: list[ev.Event] = []
         replies: list[bytes] = []
         try:
+            batch = wire.serialise_batch([self.request_with_us(e.message) for e in effects])
             if len(batch) <= MESSAGE_BYTES_MAX:
                 reply = await self._ask(effects[0], RECORD_PROTOCOL, batch, wants_reply=True)
                 replies = wire.parse_batch(reply)

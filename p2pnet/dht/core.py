@@ -20,7 +20,7 @@ from p2pnet.dht.lookup import QUORUM
 from p2pnet.dht.placements import ProviderPlacement, RecordPlacement
 from p2pnet.dht.records import OpenRecord
 from p2pnet.dht.requests import Request, Requests
-from p2pnet.dht.routing import Contact
+from p2pnet.dht.routing import UNKNOWN_GROUP, Contact
 from p2pnet.dht.rtt import TIMEOUT_S_MIN
 from p2pnet.dht.searches import Ask, NodeSearch, ProviderSearch, RecordSearch, Search
 from p2pnet.dht.snapshot import Held
@@ -98,6 +98,7 @@ class Kademlia:
                 self._get(event, now)
             case _:
                 self._start(self._search(event, now), partial(self._done, event.op_id), now)
+        self._begin_queued(now)
         if self.local.store or self.local.providers:
             self._upkeep.holding(now)
         effects, self._effects = self._effects, []
@@ -200,38 +201,36 @@ class Kademlia:
         self._start(search, then, now)
 
     def _start(self, search: Search, then: _Then, now: float) -> None:
-        """Begins an operation as soon as few enough are under way."""
-        if len(self._running) < _RUNNING_MAX:
-            self._begin(search, [then], now)
-        elif len(self._queued) < _QUEUED_MAX:
+        """Begins an operation as soon as few enough are under way: see `_begin_queued`."""
+        if len(self._queued) < _QUEUED_MAX:
             self._queued[search] = [then]
         else:
-            then(ev.Failed("too many lookups at once"), now)
+            self._tell(search, [then], ev.Failed("too many lookups at once"), now)
 
-    def _begin(self, search: Search, thens: list[_Then], now: float) -> None:
-        self._running[search] = thens
-        self._go_on(search, search.begin(now), now)
-        self.local.table.touch(search.lookup.target, now)
+    def _begin_queued(self, now: float) -> None:
+        # A loop, and not where one ends: many may end as soon as they begin.
+        while self._queued and len(self._running) < _RUNNING_MAX:
+            search = next(iter(self._queued))
+            self._running[search] = self._queued.pop(search)
+            self._go_on(search, search.begin(now), now)
+            self.local.table.touch(search.lookup.target, now)
 
     def _go_on(self, search: Search, asks: list[Ask], now: float) -> None:
         for ask in asks:
             self._ask(ask.peer, ask.message, search if ask.tracked else None, now)
         if search.result is not None:
             thens, self._running[search] = self._running[search], []
-            if isinstance(search, RecordSearch):
-                self._forget_get(search)
-            for then in thens:
-                then(search.result, now)
-        if not search.over:
-            return
-        del self._running[search]
-        if self._queued and len(self._running) < _RUNNING_MAX:
-            queued = next(iter(self._queued))
-            self._begin(queued, self._queued.pop(queued), now)
+            self._tell(search, thens, search.result, now)
+        if search.over:
+            del self._running[search]
 
-    def _forget_get(self, search: RecordSearch) -> None:
-        if self._gets.get((search.key, search.quorum)) is search:
-            del self._gets[search.key, search.quorum]
+    def _tell(self, search: Search, thens: list[_Then], result: ev.Result, now: float) -> None:
+        if isinstance(search, RecordSearch):
+            name = (search.key, search.quorum)
+            if self._gets.get(name) is search:
+                del self._gets[name]
+        for then in thens:
+            then(result, now)
 
     def _done(self, op_id: int, result: ev.Result, now: float) -> None:
         self._effects.append(ev.OperationDone(op_id, result))
@@ -357,8 +356,11 @@ class Kademlia:
     def _contact(
         self, peer_id: str, addrs: tuple[str, ...], holder: bool, addr: str, now: float
     ) -> Contact:
-        where = addr or (addrs or ("",))[0]
-        return Contact(peer_id, addrs, holder, now, self.local.group_of(peer_id, where))
+        # Where it says that it is counts for nothing: its group is that of where it was seen.
+        known = self.local.table.get(peer_id)
+        unknown = known.group if known is not None else UNKNOWN_GROUP
+        group = self.local.group_of(peer_id, addr) if addr else unknown
+        return Contact(peer_id, addrs, holder, now, group)
 
     def _seen(self, contact: Contact, now: float) -> None:
         table = self.local.table
@@ -430,8 +432,7 @@ class Kademlia:
                     self._go_on(search, search.overdue(request.peer.peer_id, now), now)
         for search in [search for search in self._queued if search.until <= now]:
             failed = ev.Failed("not begun in time: too many lookups")
-            for then in self._queued.pop(search):
-                then(failed, now)
+            self._tell(search, self._queued.pop(search), failed, now)
         for search in list(self._running):
             if search.until <= now and not search.over:
                 self._go_on(search, search.expired(now), now)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from p2pnet.dht.keyspace import POSITION_BITS, peer_position, position
 from p2pnet.dht.rates import PUT_BYTES_A_TOKEN, SenderRates
 from p2pnet.dht.records import OpenRecord, open_set, serialise_set
-from p2pnet.dht.routing import K, RoutingTable
+from p2pnet.dht.routing import UNKNOWN_GROUP, K, RoutingTable
 from p2pnet.dht.rtt import RoundTrips
 from p2pnet.dht.store import ProviderStore, RecordStore
 from p2pnet.dht.wire import ADDRS_MAX, PEERS_MAX, Kind, Message
@@ -53,7 +53,10 @@ class Local:
             if until > now and all(addr in tried for addr in peer.addrs):
                 continue
             known = self.table.get(peer.peer_id)
-            addrs = known.addrs if known else ()
+            if known is None or known.addrs == peer.addrs:
+                out.append(peer)
+                continue
+            addrs = known.addrs
             addrs += tuple(addr for addr in peer.addrs if addr not in addrs)
             out.append(PeerInfo(peer.peer_id, addrs[:ADDRS_MAX]))
         return out
@@ -116,7 +119,7 @@ class Local:
             return Message(kind)
         if not key:
             raise MalformedError("a DHT request without a key")
-        source = self.group_of(peer_id, addr)
+        source = self.group_of(peer_id, addr) if addr else UNKNOWN_GROUP
         if kind is Kind.PUT_VALUE:
             cost = 1 + len(message.value or b"") // PUT_BYTES_A_TOKEN
             if not self.rates.take(peer_id, cost, now):

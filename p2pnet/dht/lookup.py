@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from p2pnet.dht.keyspace import peer_position, position
-from p2pnet.dht.routing import group_limit
+from p2pnet.dht.routing import UNKNOWN_GROUP, group_limit
 from p2pnet.dht.wire import ADDRS_MAX
 from p2pnet.net.groups import GroupOf
 from p2pnet.net.network import PeerInfo
@@ -110,6 +110,8 @@ class Lookup:
         self._order: list[tuple[int, str]] = []
         self._paths = [_Path() for _ in range(PATHS)]
         self._turn = 0
+        self._asked = 0  # candidates that are ASKED
+        self._complete = False  # whether all holders that are wanted had answered, at `next`
 
     # What it is told
 
@@ -130,39 +132,34 @@ class Lookup:
     def answered(self, peer_id: str, *, holder: bool, addr: str = "") -> None:
         """A peer that `next` named has answered, late or not; `addr`: where it was seen."""
         candidate = self._candidates[peer_id]
-        self._landed(candidate)
         if candidate.state is not _State.ANSWERED:
             for referrer in candidate.referrers:
                 referrer.named_failed -= candidate.state in (_State.OVERDUE, _State.FAILED)
                 referrer.named_answered += 1
-        candidate.state = _State.ANSWERED
+        self._become(candidate, _State.ANSWERED)
         candidate.holder = holder
-        if addr:
-            candidate.group = self._group_of(peer_id, addr)
-            self._groups[candidate.group] = None
+        candidate.group = self._group_of(peer_id, addr) if addr else UNKNOWN_GROUP
+        self._groups[candidate.group] = None
 
     def failed(self, peer_id: str) -> None:
         """A peer that `next` named will not answer."""
         candidate = self._candidates[peer_id]
-        self._landed(candidate)
         if candidate.state is not _State.OVERDUE:
             self._blame(candidate)
-        candidate.state = _State.FAILED
+        self._become(candidate, _State.FAILED)
 
     def slow(self, peer_id: str) -> None:
         """A peer that `next` named takes longer than most do."""
         candidate = self._candidates[peer_id]
         if candidate.state is _State.ASKED:
-            self._landed(candidate)
-            candidate.hedged = True
+            self._hedge(candidate)
 
     def overdue(self, peer_id: str) -> None:
         """A peer that `next` named takes longer than it should."""
         candidate = self._candidates[peer_id]
         if candidate.state is _State.ASKED:
-            self._landed(candidate)
             self._blame(candidate)
-            candidate.state = _State.OVERDUE
+            self._become(candidate, _State.OVERDUE)
 
     def widen(self) -> None:
         """What was asked of few is asked of all that should know."""
@@ -172,6 +169,9 @@ class Lookup:
 
     def next(self) -> list[PeerInfo]:
         """Whom to ask now."""
+        self._complete = self._have_holders()
+        if self._complete:
+            return []
         ask: list[PeerInfo] = []
         flying = self.flying
         nobody_else = flying == 0
@@ -184,6 +184,7 @@ class Lookup:
             if candidate is None:
                 break
             candidate.state = _State.ASKED
+            self._asked += 1
             candidate.hedged = False
             candidate.tries += 1
             self._paths[candidate.path].flying += 1
@@ -198,9 +199,10 @@ class Lookup:
 
         To be asked when `next` has nobody to ask.
         """
+        if self._complete:
+            return True
         if self.awaited:
-            # Who is under way may know nearer ones, unless all that we want is there.
-            return self._have_holders()
+            return False  # who is under way may know nearer ones
         answered = waiting = 0
         for candidate in self._nearest():
             answered += candidate.state is _State.ANSWERED
@@ -262,7 +264,7 @@ class Lookup:
     @property
     def awaited(self) -> bool:
         """Whether a request is under way and not overdue."""
-        return any(c.state is _State.ASKED for c in self._candidates.values())
+        return self._asked > 0
 
     @property
     def asked_nobody(self) -> bool:
@@ -303,7 +305,8 @@ class Lookup:
                 hops=by.hops + 1 if by else 0,
             )
             self._candidates[peer.peer_id] = candidate
-            self._groups[candidate.group] = None
+            if by is None:  # that there are groups is for those to say who have been seen
+                self._groups[candidate.group] = None
             bisect.insort(self._order, (candidate.distance, peer.peer_id))
         else:
             new = tuple(addr for addr in peer.addrs if addr not in candidate.addrs)
@@ -323,8 +326,6 @@ class Lookup:
 
     def _pick(self, *, shy: bool) -> _Candidate | None:
         """The next to be asked; those whom we would rather not ask only if `shy`."""
-        if self._have_holders():
-            return None
         for turn in range(0 if self._narrow else PATHS):
             number = (self._turn + turn) % PATHS
             path = self._paths[number]
@@ -351,10 +352,12 @@ class Lookup:
         its end."""
         for _, peer_id in path.order:
             candidate = self._candidates[peer_id]
-            if candidate.state in (_State.FAILED, _State.OVERDUE) or not self._credible(candidate):
+            if candidate.state in (_State.FAILED, _State.OVERDUE):
                 continue
             if candidate.state is not _State.HEARD:
                 return None
+            if not self._credible(candidate):
+                continue
             if shy or not self._shy(peer_id):
                 return candidate
         return None
@@ -365,15 +368,18 @@ class Lookup:
         groups: Counter[str] = Counter()
         for _, peer_id in self._order:
             candidate = self._candidates[peer_id]
-            if candidate.state is _State.FAILED or not self._credible(candidate):
+            state = candidate.state
+            if state is _State.FAILED:
                 continue
-            if candidate.state is not _State.OVERDUE:
+            if state is _State.HEARD and not self._credible(candidate):
+                continue
+            if state is not _State.OVERDUE:
                 groups[candidate.group] += 1
             if groups[candidate.group] <= limit:
                 yield candidate
 
     def _credible(self, candidate: _Candidate) -> bool:
-        if candidate.state is not _State.HEARD or candidate.hops == 0:
+        if candidate.hops == 0:
             return True  # our own table vouches for it
         return any(
             r.named_failed <= _CREDIT or r.named_failed <= r.named_answered
@@ -406,8 +412,16 @@ class Lookup:
                 if groups[candidate.group] <= limit:
                     yield candidate
 
-    def _landed(self, candidate: _Candidate) -> None:
-        if candidate.state is _State.ASKED and not candidate.hedged:
+    def _become(self, candidate: _Candidate, state: _State) -> None:
+        if candidate.state is _State.ASKED:
+            self._hedge(candidate)
+            self._asked -= 1
+        candidate.state = state
+
+    def _hedge(self, candidate: _Candidate) -> None:
+        """A request holds up its path and the others no more."""
+        if not candidate.hedged:
+            candidate.hedged = True
             self._paths[candidate.path].flying -= 1
 
     def _blame(self, candidate: _Candidate) -> None:

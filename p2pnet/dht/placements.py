@@ -137,6 +137,7 @@ class RecordPlacement(Placement):
         self._radius = local.neighbourhood()
         key = self._records[0].key
         super().__init__(local, key, now, timeout_s, copies=REPLICAS, holders=REPLICAS)
+        self._young = self._message(now)
 
     def _ask(self, peer: PeerInfo) -> Message:
         contact = self.local.table.get(peer.peer_id)
@@ -144,8 +145,8 @@ class RecordPlacement(Placement):
             return self._question
         if contact.position ^ self.lookup.target > self._radius:
             return self._question
-        message = self._put_at_once[peer.peer_id] = self._message(self._began)
-        return message
+        self._put_at_once[peer.peer_id] = self._young
+        return self._young
 
     def _asked(self, peer_id: str) -> Message:
         return self._put_at_once.get(peer_id, self._question)

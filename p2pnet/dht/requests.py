@@ -70,6 +70,9 @@ class Requests:
         trips = self._local.round_trips
         busy = 1.0 + self._at_once[peer.peer_id] / _AT_ONCE
         timeout_s = min(busy * trips.timeout_s(peer.peer_id), TIMEOUT_S_MAX)
+        hedge_s = trips.hedge_s(peer.peer_id)
+        if operation is not None:
+            hedge_s = min(hedge_s, operation.hedge_s_max)
         self._last_id += 1
         request = self._requests[self._last_id] = Request(
             rpc_id=self._last_id,
@@ -80,7 +83,7 @@ class Requests:
             last=last,
             sent_at=now,
             timeout_s=timeout_s,
-            slow_at=None if last else now + busy * trips.hedge_s(peer.peer_id),
+            slow_at=None if last else now + busy * hedge_s,
             overdue_at=None if last else now + busy * trips.patience_s(peer.peer_id),
             given_up_at=now + timeout_s + _GRACE_S,
         )

@@ -16,6 +16,7 @@ from p2pnet.dht.local import REPLICAS, Local
 from p2pnet.dht.lookup import QUORUM, Lookup
 from p2pnet.dht.records import OpenRecord, merge, serialise_set
 from p2pnet.dht.routing import K
+from p2pnet.dht.rtt import HEDGE_S_MAX
 from p2pnet.dht.store import PROVIDERS_MAX
 from p2pnet.dht.wire import ADDRS_MAX, Kind, Message
 from p2pnet.errors import MalformedError
@@ -38,6 +39,8 @@ class Search(ABC):
     It has its `result` as soon as it can be given, and is `over` when nothing more
     comes of it: a read goes on hearing the answers under way, to mend what is stale.
     """
+
+    hedge_s_max = HEDGE_S_MAX
 
     def __init__(
         self,
@@ -177,6 +180,8 @@ class RecordSearch(Search):
     only one more answer: it is believed alone only where we know nobody to ask.
     What a holder lacked is sent to it afterwards.
     """
+
+    hedge_s_max = 0.1  # somebody waits, and few are asked
 
     def __init__(
         self, local: Local, key: bytes, now: float, timeout_s: float, *, quorum: int = QUORUM

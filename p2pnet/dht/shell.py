@@ -35,6 +35,7 @@ from p2pnet.errors import (
     RefusedError,
     RemoteError,
     UnreachableError,
+    UsageError,
 )
 from p2pnet.keys import peer_id_bytes
 from p2pnet.net.groups import GroupOf, ip_group
@@ -158,6 +159,7 @@ class Dht:
         Raises:
             UnreachableError: peers are known, and none answered.
         """
+        _check_key(key)
         result = await self._operate(lambda op_id: ev.Get(op_id, key, timeout_s, quorum))
         assert isinstance(result, ev.Records)
         return list(result.records)
@@ -170,6 +172,8 @@ class Dht:
         A key for which nobody answered in time is not in the result.
         """
         wanted = list(dict.fromkeys(keys))
+        for key in wanted:
+            _check_key(key)
         results = await self._operate_many(
             [partial(ev.Get, key=key, timeout_s=timeout_s, quorum=quorum) for key in wanted]
         )
@@ -248,6 +252,7 @@ class Dht:
 
         Returns how many were told, us included. Raises UnreachableError: none, so far.
         """
+        _check_key(key)
         result = await self._operate(lambda op_id: ev.Provide(op_id, key, timeout_s))
         assert isinstance(result, ev.Stored)
         return result.holders
@@ -262,6 +267,7 @@ class Dht:
         Raises:
             UnreachableError: peers are known, and none answered.
         """
+        _check_key(key)
         result = await self._operate(lambda op_id: ev.FindProviders(op_id, key, timeout_s))
         assert isinstance(result, ev.Providers)
         ours = self._carrier.us()
@@ -500,3 +506,8 @@ class Dht:
             return open_record(signed, record.key, self._wall_ms())
         except RemoteError as error:
             raise LocalError(f"peers would refuse this record: {error}") from error
+
+
+def _check_key(key: bytes) -> None:
+    if not 0 < len(key) <= wire.KEY_BYTES_MAX:
+        raise UsageError(f"a DHT key has from 1 to {wire.KEY_BYTES_MAX} bytes, not {len(key)}")

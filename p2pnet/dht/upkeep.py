@@ -51,6 +51,7 @@ class Upkeep:
         self._kept: dict[bytes, _Kept] = {}
         self._provided: dict[bytes, float] = {}
         self._held: dict[bytes, float] = {}
+        self._held_from: float | None = None  # none of them is due earlier
 
     def deadline(self) -> float | None:
         """When something is due next."""
@@ -60,7 +61,8 @@ class Upkeep:
             if kept.read_back_at is not None:
                 times.append(kept.read_back_at)
         times += self._provided.values()
-        times += self._held.values()
+        if self._held_from is not None:
+            times.append(self._held_from)
         return min(times, default=None)
 
     # The routing table
@@ -164,6 +166,8 @@ class Upkeep:
         """
         wait_s = max(ttl_s / 2, _REPUBLISH_S_MIN) * self._rng.uniform(1.0, 1.5)
         self._held[key] = now + wait_s
+        if self._held_from is None or now + wait_s < self._held_from:
+            self._held_from = now + wait_s
 
     def holding(self, now: float) -> None:
         """Something is held that will have had its time."""
@@ -172,12 +176,15 @@ class Upkeep:
 
     def republish_due(self, now: float, running: int) -> list[bytes]:
         """A few keys to pass on now, while few are being passed on."""
+        if self._held_from is None or self._held_from > now:
+            return []
         due = [key for key, at in self._held.items() if at <= now]
         now_on = due[: max(0, _REPUBLISH_AT_ONCE - running)]
         for key in now_on:
             del self._held[key]
         for key in due[len(now_on) :]:
             self._held[key] = now + 1.0
+        self._held_from = min(self._held.values(), default=None)
         return now_on
 
     def expire_due(self, now: float) -> bool:

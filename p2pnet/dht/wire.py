@@ -36,7 +36,7 @@ _ADDRS_SENT_MAX = 64
 # every provider that they know.
 _PEERS_READ_MAX = 32
 _MESSAGE_BYTES_MAX = 1 << 20
-_PEERS_CACHED = 1024  # neighbours are named again and again
+_PEERS_CACHED = 512  # neighbours are named again and again
 
 
 class Kind(enum.IntEnum):
@@ -163,7 +163,9 @@ def _peer_to_wire(peer: PeerInfo) -> pb.KadMessage.Peer:
 def _peer_from_wire(peer: pb.KadMessage.Peer) -> PeerInfo:
     if len(peer.addrs) > _ADDRS_SENT_MAX:
         raise MalformedError(f"a peer with {len(peer.addrs)} addresses")
-    return _peer_of(peer.id, tuple(peer.addrs))
+    # Only what can be an address is worth remembering.
+    readable = (addr for addr in peer.addrs if len(addr) <= multiaddr.MULTIADDR_BYTES_MAX)
+    return _peer_of(peer.id, tuple(readable))
 
 
 @lru_cache(maxsize=_PEERS_CACHED)

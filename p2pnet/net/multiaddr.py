@@ -25,7 +25,8 @@ _VARINT_BYTES_MAX = 9
 _VARIABLE = -1
 _CACHED = 4096
 _HOSTS = ("ip4", "ip6", "dns", "dns4", "dns6")
-_DNS_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?")
+_LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_DNS_NAME = re.compile(rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*")
 
 
 @dataclass(frozen=True, slots=True)

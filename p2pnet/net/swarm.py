@@ -243,10 +243,15 @@ class Swarm:
             tcp = await trio.open_tcp_stream(end.host, end.port)
         except OSError as error:
             raise UnreachableError(_reason(error)) from error
+        except ValueError as error:  # a name that cannot be one
+            raise UnreachableError(f"{addr} cannot be dialled") from error
         connection: Connection | None = None
         try:
             watch_for_death(tcp)
-            connection = Connection(tcp, await self._upgrade(tcp, peer_id), end.where)
+            # Where it is, and not what it is called: a name can be anybody's.
+            host, port = tcp.socket.getpeername()[:2]
+            where = multiaddr.of_socket(host, port)
+            connection = Connection(tcp, await self._upgrade(tcp, peer_id), where)
             self._nursery.start_soon(self._carry, connection)
             await connection.settled.wait()
         except Exception as error:

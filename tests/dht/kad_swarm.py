@@ -82,7 +82,12 @@ class Swarm:
     def hear(self, peer_id: str, other: str) -> None:
         """`peer_id` hears that `other` serves, and will see whether it answers."""
         if other != peer_id:
-            self.feed(peer_id, ev.PeerSeen(other, addrs_of(other), True, other in self.holders))
+            self.feed(
+                peer_id,
+                ev.PeerSeen(
+                    other, addrs_of(other), True, other in self.holders, addrs_of(other)[0]
+                ),
+            )
 
     def start(self, peer_id: str, make: Callable[[int], ev.Operation]) -> int:
         """Begins an operation; its id."""
@@ -178,7 +183,9 @@ class Swarm:
         server = core.local.server and served.wants(asker)
         event: ev.Event = ev.PeerMoved(asker, addrs_of(asker))
         if server:
-            event = ev.PeerSeen(asker, addrs_of(asker), True, asker in self.holders)
+            event = ev.PeerSeen(
+                asker, addrs_of(asker), True, asker in self.holders, addrs_of(asker)[0]
+            )
         self.feed(peer_id, event)
         (reply,) = replies
         self._at(self.now + delay, lambda: self._reply(asker, core, request, reply))
@@ -199,7 +206,8 @@ class Swarm:
             if message is not None:
                 message = self._pass(message)
             holder = request.peer.peer_id in self.holders
-            event = ev.ReplyArrived(request.rpc_id, message, holder, self.wall_ms())
+            where = addrs_of(request.peer.peer_id)[0]
+            event = ev.ReplyArrived(request.rpc_id, message, holder, self.wall_ms(), where)
         else:
             event = ev.RequestFailed(request.rpc_id)
         self.feed(asker, event)

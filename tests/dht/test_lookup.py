@@ -42,6 +42,11 @@ def lookup(*, holders: int = 0, narrow: int = 0, shy: frozenset[str] = frozenset
     )
 
 
+def answer(search: Lookup, peer_id: str, *, holder: bool = True, group: str = "") -> None:
+    """It has answered, from where its address says."""
+    search.answered(peer_id, holder=holder, addr=f"/dns4/{group or peer_id}/tcp/1")
+
+
 def asked(search: Lookup) -> list[str]:
     """Whom it wants to ask now."""
     return [peer.peer_id for peer in search.next()]
@@ -52,7 +57,7 @@ def test_the_nearest_are_asked_first_and_so_many_at_once() -> None:
     search.begin(infos(known))
     assert asked(search) == known[:ALPHA]
     assert asked(search) == []
-    search.answered(known[0], holder=True)
+    answer(search, known[0])
     assert asked(search) == [known[ALPHA]]
 
 
@@ -62,7 +67,7 @@ def test_it_ends_when_the_nearest_have_answered() -> None:
     requests = 0
     while waiting := asked(search):
         for peer_id in waiting:
-            search.answered(peer_id, holder=True)
+            answer(search, peer_id)
             requests += 1
     assert search.done
     assert [peer.peer_id for peer in search.nearest()] == known[:20]
@@ -76,10 +81,10 @@ def test_what_one_path_is_told_does_not_stop_the_others() -> None:
     crowd, honest = known[:20], known[40 : 40 + PATHS]
     search.begin(infos(honest))
     first = asked(search)
-    search.answered(first[0], holder=True)
+    answer(search, first[0])
     search.heard(first[0], infos(crowd))
     for peer_id in first[1:]:
-        search.answered(peer_id, holder=True)
+        answer(search, peer_id)
     more = asked(search)
     assert set(honest[ALPHA:PATHS]) <= set(more)
 
@@ -89,7 +94,7 @@ def test_who_names_peers_that_fail_is_believed_no_more() -> None:
     liar, honest, invented = known[40], known[41:60], known[:20]
     search.begin(infos([liar, *honest]))
     (*_,) = asked(search)
-    search.answered(liar, holder=True)
+    answer(search, liar)
     search.heard(liar, infos(invented))
     failed = 0
     while waiting := asked(search):
@@ -98,10 +103,10 @@ def test_who_names_peers_that_fail_is_believed_no_more() -> None:
                 search.failed(peer_id)
                 failed += 1
             else:
-                search.answered(peer_id, holder=True)
+                answer(search, peer_id)
         for peer_id in honest[:4]:
             if peer_id not in waiting and not failed:
-                search.answered(peer_id, holder=True)
+                answer(search, peer_id)
     assert _CREDIT < failed <= _CREDIT + ALPHA
     assert search.done
 
@@ -111,14 +116,14 @@ def test_a_few_dead_do_not_cost_an_honest_peer_its_credit() -> None:
     referrer, named = known[50], known[:20]
     search.begin(infos([referrer]))
     assert asked(search) == [referrer]
-    search.answered(referrer, holder=True)
+    answer(search, referrer)
     search.heard(referrer, infos(named))
     while waiting := asked(search):
         for peer_id in waiting:
             if peer_id in named[:5]:
                 search.failed(peer_id)
             else:
-                search.answered(peer_id, holder=True)
+                answer(search, peer_id)
     assert [peer.peer_id for peer in search.nearest()] == [*named[5:], referrer]
 
 
@@ -128,7 +133,7 @@ def test_of_one_ip_group_only_a_few_count() -> None:
     search.begin(infos(crowd, group="crowd") + infos(others))
     while waiting := asked(search):
         for peer_id in waiting:
-            search.answered(peer_id, holder=True)
+            answer(search, peer_id, group="crowd" if peer_id in crowd else "")
     found = [peer.peer_id for peer in search.nearest()]
     assert sum(peer_id in crowd for peer_id in found) == GROUP_NEAREST_MAX
     assert [peer.peer_id for peer in search.holders()][:2] == [crowd[0], others[0]]
@@ -139,7 +144,7 @@ def test_where_there_is_one_ip_group_all_of_it_counts() -> None:
     search.begin(infos(known, group="laboratory"))
     while waiting := asked(search):
         for peer_id in waiting:
-            search.answered(peer_id, holder=True)
+            answer(search, peer_id, group="laboratory")
     assert [peer.peer_id for peer in search.holders()][:8] == known[:8]
 
 
@@ -148,7 +153,7 @@ def test_the_group_is_that_of_where_a_peer_was_seen() -> None:
     search.begin(infos(known))  # each claims an address of its own
     while waiting := asked(search):
         for peer_id in waiting:
-            addr = "/dns4/crowd/tcp/1" if peer_id in known[:30] else ""
+            addr = f"/dns4/{'crowd' if peer_id in known[:30] else peer_id}/tcp/1"
             search.answered(peer_id, holder=True, addr=addr)
     found = [peer.peer_id for peer in search.nearest()]
     assert sum(peer_id in known[:30] for peer_id in found) == GROUP_NEAREST_MAX
@@ -165,7 +170,7 @@ def test_a_slow_peer_is_hedged_and_an_overdue_one_not_waited_for() -> None:
     while True:
         flying = [p for p in known if p != first[0] and p in search]
         for peer_id in flying:
-            search.answered(peer_id, holder=True)
+            answer(search, peer_id)
         if not asked(search):
             break
     assert search.done
@@ -183,7 +188,7 @@ def test_a_narrow_search_asks_no_more_than_it_needs_until_it_is_widened(stopped:
     more = asked(search)
     assert more == known[3 : 3 + stopped]
     for peer_id in (*first[stopped:], *more):
-        search.answered(peer_id, holder=True)
+        answer(search, peer_id)
     assert asked(search) == []
     assert search.quorum(3, 8)
     search.widen()
@@ -198,7 +203,7 @@ def test_who_stalls_is_asked_last() -> None:
     while len(asked_first) < len(known) - 3:
         waiting = asked(search)
         for peer_id in waiting:
-            search.answered(peer_id, holder=True)
+            answer(search, peer_id)
         asked_first += waiting
     assert set(asked_first) == set(known[3:])
     assert set(asked(search)) == set(known[:3])  # nobody else is left
@@ -209,6 +214,6 @@ def test_stock_peers_do_not_count_as_holders() -> None:
     search.begin(infos(known))
     while waiting := asked(search):
         for peer_id in waiting:
-            search.answered(peer_id, holder=peer_id not in known[:5])
+            answer(search, peer_id, holder=peer_id not in known[:5])
     assert search.done
     assert [peer.peer_id for peer in search.holders()][:3] == known[5:8]
