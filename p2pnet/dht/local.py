@@ -122,7 +122,7 @@ class Local:
         source = self.group_of(peer_id, addr) if addr else UNKNOWN_GROUP
         if kind is Kind.PUT_VALUE:
             cost = 1 + len(message.value or b"") // PUT_BYTES_A_TOKEN
-            if not self.rates.take(peer_id, cost, now):
+            if not self.rates.take(source, cost, now):
                 return Message(kind, key, None, self._closer(peer_id, key, REPLICAS))
             records = self.open(key, message.value, wall_ms)
             taken = [record.rank for record in records if self.store.put(record, now, source)]
@@ -133,7 +133,7 @@ class Local:
         if kind is Kind.ADD_PROVIDER:
             for provider in message.providers:
                 # Nobody speaks for another.
-                if provider.peer_id == peer_id and self.rates.take(peer_id, 1, now):
+                if provider.peer_id == peer_id and self.rates.take(source, 1, now):
                     self.providers.add(key, provider, now, source)
             return None
         value: bytes | None = None

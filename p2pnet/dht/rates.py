@@ -1,4 +1,4 @@
-"""How fast one peer may make us store things: a token bucket a sender. Pure."""
+"""How fast one IP group may make us store things: a token bucket a sender. Pure."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ farthest from us: other peers are nearer to it.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -61,6 +62,9 @@ class _Entry:
         return _Past((self.record.epoch, self.record.sequence), self.born)
 
 
+_Place = tuple[int, bytes, str]  # how far from us, key, author
+
+
 class RecordStore:
     """The newest record of each author under each key, while it lives."""
 
@@ -78,8 +82,8 @@ class RecordStore:
         self._author_bytes_max = author_bytes_max
         self._total_bytes_max = total_bytes_max
         self._entries: dict[bytes, dict[str, _Entry]] = {}
-        # Per source, how far each of its records is from us.
-        self._of_source: dict[str, dict[tuple[bytes, str], int]] = {}
+        # Per source its records, the nearest to us first.
+        self._of_source: dict[str, list[_Place]] = {}
         self._source_bytes: Counter[str] = Counter()
         self._author_bytes: Counter[str] = Counter()
         self._total_bytes = 0
@@ -192,7 +196,7 @@ class RecordStore:
             assert 0 < len(entries) <= AUTHORS_MAX
             for author, entry in entries.items():
                 assert (entry.record.key, entry.record.author) == (key, author)
-                assert (key, author) in self._of_source[entry.source]
+                assert self._place(entry.record) in self._of_source[entry.source]
                 assert (key, author) not in self._marks
                 authors[author] += entry.record.size_bytes
                 sources[entry.source] += entry.record.size_bytes
@@ -216,13 +220,12 @@ class RecordStore:
             largest = max(self._of_source, key=lambda s: self._source_bytes[s], default=source)
             if self._source_bytes[largest] <= self._source_bytes[source] + needed:
                 largest = source
-            of_largest = self._of_source.get(largest, {})
-            farthest = max(of_largest, key=lambda at: (of_largest[at], at), default=None)
-            if farthest is None or (
-                largest == source and self._distance(record.key) >= of_largest[farthest]
-            ):
+            if largest not in self._of_source:
                 return False
-            self._give_up(*farthest)
+            distance, key, author = self._of_source[largest][-1]
+            if largest == source and self._distance(record.key) >= distance:
+                return False
+            self._give_up(key, author)
         return True
 
     def _make_room_under(self, key: bytes, source: str) -> bool:
@@ -244,6 +247,9 @@ class RecordStore:
     def _distance(self, key: bytes) -> int:
         return position(key) ^ self._own
 
+    def _place(self, record: OpenRecord) -> _Place:
+        return (self._distance(record.key), record.key, record.author)
+
     def _give_up(self, key: bytes, author: str) -> None:
         """Holds a record no longer, and remembers its rank."""
         entry = self._remove(key, author)
@@ -251,9 +257,8 @@ class RecordStore:
 
     def _add(self, entry: _Entry) -> None:
         record = entry.record
-        at = (record.key, record.author)
         self._entries.setdefault(record.key, {})[record.author] = entry
-        self._of_source.setdefault(entry.source, {})[at] = self._distance(record.key)
+        bisect.insort(self._of_source.setdefault(entry.source, []), self._place(record))
         self._count(entry, +1)
 
     def _remove(self, key: bytes, author: str) -> _Entry:
@@ -262,7 +267,7 @@ class RecordStore:
         if not entries:
             del self._entries[key]
         of_source = self._of_source[entry.source]
-        del of_source[key, author]
+        del of_source[bisect.bisect_left(of_source, self._place(entry.record))]
         if not of_source:
             del self._of_source[entry.source]
         self._count(entry, -1)
