@@ -24,6 +24,7 @@ _ACCUSATIONS_TAG = bytes([pb.GossipMessage.ACCUSATIONS_FIELD_NUMBER << 3 | 2])
 
 Kinds = pb.GossipMessage  # its members KIND_... name the kinds
 Kind = pb.GossipMessage.Kind
+_REQUESTS = (Kinds.KIND_PROBE, Kinds.KIND_SYNC, Kinds.KIND_NEWS, Kinds.KIND_SYNC_REST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,14 @@ def read_message(data: bytes) -> Message:
         result=_read_result(message.result) if message.HasField("result") else _NO_RESULT,
         coordinate=read_coordinate(message.coordinate) if message.HasField("coordinate") else None,
     )
+
+
+def read_request(data: bytes) -> Message:
+    """Raises MalformedError: as `read_message`, or of a kind that nobody asks with."""
+    message = read_message(data)
+    if message.kind not in _REQUESTS:
+        raise MalformedError("a gossip request is neither a probe nor a sync nor news")
+    return message
 
 
 def _read_summary(message: pb.Summary) -> Summary:

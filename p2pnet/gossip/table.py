@@ -1,21 +1,14 @@
 """What this node holds each member to be: the count of what is said of it. Pure.
 
-There is no agreed view (unlike in Rapid, Suresh et al., ATC 2018): each node
-counts the accusations of those that are near enough to the subject on the ring
-as the node itself sees it, so that two nodes' views may differ by a few members
-and still come to the same verdict.
-
-A quorum of accusers convicts. Where this node has seen for itself that the
-accused is gone, that is the verdict; else the accused has as long as news take
-to reach it, and its answer to come back, to refute (`refutation_s`), and is asked
-before that time is over. Whoever is here does so: accusers alone, however many,
-evict nobody who is. An accuser who was refuted is not heard for a while.
+Here statements are taken or not, and whoever they may concern is judged anew
+(`verdicts`). A convict has a while to refute, and is asked before that time is over
+(`inquiries`). Whoever is here does so: accusers alone, however many, evict nobody
+who is. An accuser who was refuted is not heard for a while (`mutes`).
 """
 
 from __future__ import annotations
 
 import heapq
-import math
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -25,6 +18,7 @@ from p2pnet.gossip.events import GossipConfig, Member, MemberChanged, State
 from p2pnet.gossip.mutes import Mutes
 from p2pnet.gossip.roster import Entry, Roster
 from p2pnet.gossip.statements import OpenAccusation, OpenAdvert
+from p2pnet.gossip.verdicts import Judge
 from p2pnet.gossip.watchers import Watchers
 from p2pnet.net.groups import GroupOf
 
@@ -39,8 +33,8 @@ class Table:
         self._config = config
         self.roster = Roster(base)
         self._watchers = Watchers(me, config, self.roster, group_of)
+        self._judge = Judge(me, config, self.roster, self._watchers)
         self._accused: dict[str, None] = {}  # live members that somebody accuses
-        self._broken: dict[str, float] = {}  # when our connection to a peer broke, the first first
         self._due: list[tuple[float, str]] = []  # a heap: when a convict's time to refute is over
         self._touched: list[str] = []  # since the last `begin`
         self._mutes = Mutes()
@@ -92,7 +86,7 @@ class Table:
 
     def connected(self, peer_id: str, addr: str) -> None:
         """A connection to a peer came up."""
-        self._broken.pop(peer_id, None)
+        self._judge.mended(peer_id)
         self._watchers.seen(peer_id, addr)
 
     def disconnected(self, peer_id: str, now: float, *, telling: bool) -> list[MemberChanged]:
@@ -103,11 +97,10 @@ class Table:
         if self.roster.get(peer_id) is None:
             self._watchers.unseen(peer_id)
             return []
-        self._broken.pop(peer_id, None)
-        while self._broken and now - next(iter(self._broken.values())) > self._config.broken_s:
-            del self._broken[next(iter(self._broken))]
         if telling:
-            self._broken[peer_id] = now
+            self._judge.broken(peer_id, now)
+        else:
+            self._judge.mended(peer_id)
         return self._settle([peer_id], now)
 
     def take_advert(self, advert: OpenAdvert, now: float) -> list[MemberChanged] | None:
@@ -165,7 +158,7 @@ class Table:
         """A convict answered us: its refutation is on its way."""
         entry = self.roster.get(peer_id)
         if entry is not None and entry.refutes_until is not None:
-            self._convict(peer_id, entry, now + self._window_s())
+            self._convict(peer_id, entry, now + self._judge.window_s())
 
     def refused(self, peer_id: str, now: float) -> list[MemberChanged]:
         """A convict's machine told us that it is gone."""
@@ -194,7 +187,7 @@ class Table:
 
     def stalled(self, lateness_s: float) -> None:
         """We were not there: refutations may be waiting for us to read them."""
-        self._broken.clear()
+        self._judge.stalled()
         for peer_id in tuple(self._accused):
             entry = self.roster.get(peer_id)
             if entry is not None and entry.refutes_until is not None:
@@ -239,7 +232,7 @@ class Table:
             entry = self.roster.get(peer_id)
             if peer_id not in self._accused or entry is None:
                 continue
-            state, until = self._verdict(peer_id, entry, now)
+            state, until = self._judge.verdict(peer_id, entry, now)
             if state is entry.state:
                 if until != entry.refutes_until:
                     self._convict(peer_id, entry, until)
@@ -253,49 +246,12 @@ class Table:
             queue.extend(self._affected(change))
         return changes
 
-    def _verdict(self, subject: str, entry: Entry, now: float) -> tuple[State, float | None]:
-        may = self._watchers.may_accuse(subject)
-        voices = [a for a in entry.accusations if a.accuser in may]
-        groups = {self._watchers.group(a.accuser) for a in voices if a.failed}
-        if len(groups) < self._quorum(subject):
-            return (State.SUSPECT if voices else State.ALIVE), None
-        until = now + self._window_s() if entry.refutes_until is None else entry.refutes_until
-        if self._seen_gone(subject, now) or now >= until:
-            return State.FAILED, None
-        return State.SUSPECT, until
-
-    def _window_s(self) -> float:
-        # An epidemic reaches all of n in O(log n) rounds (Demers et al., PODC 1987).
-        return self._config.refutation_s * math.log2(self.live + 1)
-
     def _convict(self, peer_id: str, entry: Entry, until: float | None) -> None:
         self._put(peer_id, replace(entry, refutes_until=until), entry)
         if until is not None:
             heapq.heappush(self._due, (until, peer_id))
             if entry.refutes_until is None:
                 self.convicted.append((until, peer_id))
-
-    def _quorum(self, subject: str) -> int:
-        # Observers that we ourselves find failed cannot be waited for: the last
-        # one of three would else never give the other two up.
-        groups = {
-            self._watchers.group(peer_id)
-            for peer_id in self.observers(subject)
-            if not self._found_failed(peer_id)
-        }
-        return max(1, min(self._config.quorum, len(groups)))
-
-    def _found_failed(self, peer_id: str) -> bool:
-        return any(a.failed and a.accuser == self.me for a in self.accusations(peer_id))
-
-    def _seen_gone(self, peer_id: str, now: float) -> bool:
-        broken_at = self._broken.get(peer_id)
-        recently = (
-            broken_at is not None
-            and now - broken_at <= self._config.broken_s
-            and self.live <= self._config.broken_members_max
-        )
-        return recently or self._found_failed(peer_id)
 
     # Changes
 
@@ -336,4 +292,4 @@ class Table:
         self._watchers.unseen(peer_id)
         self._watchers.changed(peer_id)
         self._accused.pop(peer_id, None)
-        self._broken.pop(peer_id, None)
+        self._judge.mended(peer_id)

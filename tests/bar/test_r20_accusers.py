@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from p2pnet.gossip.table import Table
+from p2pnet.gossip.verdicts import Judge
 from p2pnet.sim.scenarios.accusers import SCENARIO
 
 if TYPE_CHECKING:
@@ -34,5 +34,5 @@ def test_r20(scale: Scale, figure: Callable[[str], None]) -> None:
 
 
 def test_r20_mutant(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Table, "_window_s", lambda _: 0.0)
+    monkeypatch.setattr(Judge, "window_s", lambda _: 0.0)
     assert SCENARIO.play(40, SEED, SHORT).failures != []
