@@ -18,7 +18,7 @@ import logging
 import random
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ from p2pnet.vnode.shell import Host
 logger = logging.getLogger(__name__)
 
 ADVERTISE_EVERY_S = 1.0
+AROUND_EVERY_S = 0.1
 DRAIN_TIMEOUT_S = 15.0
 GOODBYE_TIMEOUT_S = 2.0
 STOP_TIMEOUT_S = 5.0
@@ -120,6 +121,7 @@ class _Parts:
     around: Around
     bridge: Bridge
     capabilities: Capabilities
+    members_changed: trio.Event = field(default_factory=trio.Event)
 
 
 async def run_node(
@@ -251,6 +253,7 @@ async def run_node(
                 await nursery.start(remembered.restore)
             await nursery.start(dht.run)
             around.update(gossip.members())
+            nursery.start_soon(_keep_around, parts)
             start_from = list(config.bootstrap)
             if not known:
                 # A hint of a file's: what is broken in it is left out.
@@ -353,6 +356,15 @@ async def _drain(parts: _Parts, host: Host, keypair: KeyPair) -> None:
 # What the parts tell each other
 
 
+async def _keep_around(parts: _Parts) -> None:
+    """Tells the gRPC side who is here: at once, but not for each of a thousand newcomers."""
+    while True:
+        await parts.members_changed.wait()
+        parts.members_changed = trio.Event()
+        parts.around.update(parts.gossip.members())
+        await trio.sleep(AROUND_EVERY_S)
+
+
 def _member_watcher(
     parts: _Parts, orchestrator: Orchestrator, dialer: TcpDialer
 ) -> Callable[[MemberChanged], None]:
@@ -362,7 +374,7 @@ def _member_watcher(
             await dialer.forget(peer_id)
 
     def changed(change: MemberChanged) -> None:
-        parts.around.update(parts.gossip.members())
+        parts.members_changed.set()
         if change.peer_id == parts.network.peer_id:
             return
         was = change.old is not None and change.old.live

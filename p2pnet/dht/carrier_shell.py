@@ -161,7 +161,8 @@ class Carrier:
         peer_id = effect.peer.peer_id
         spoken = await self._network.protocols(peer_id, timeout_s=effect.timeout_s)
         holder, addr = RECORD_PROTOCOL in spoken, self._network.seen_at(peer_id)
-        return ev.ReplyArrived(effect.rpc_id, message, holder, self._wall_ms(), addr)
+        addrs = self._network.listen_addrs(peer_id)[: wire.ADDRS_MAX]
+        return ev.ReplyArrived(effect.rpc_id, message, holder, self._wall_ms(), addr, addrs)
 
     def _no_answer(self, effect: ev.SendRequest, error: RemoteError) -> ev.RequestFailed:
         _log.debug("%s to peer %s: %s", effect.message.kind.name, effect.peer.peer_id, error)

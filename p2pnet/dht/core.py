@@ -36,6 +36,8 @@ _FRESH_S = 60.0  # who was seen so lately is not asked whether it is there
 _RUNNING_MAX = 64
 _QUEUED_MAX = 4096
 _CHECKS_MAX = 64
+_TURNED_AWAY_S = 60.0
+_TURNED_AWAY_MAX = 1024
 _CHECK_ALL_EVERY = 32
 
 _Then = Callable[[ev.Result, float], None]
@@ -63,12 +65,15 @@ class Kademlia:
         self._running: dict[Search, list[_Then]] = {}
         self._queued: dict[Search, list[_Then]] = {}
         self._gets: dict[tuple[bytes, int], RecordSearch] = {}
+        self._turned_away: dict[str, float] = {}  # who is no candidate for the table, until when
+        self._now = 0.0  # at the last event
         self._republishing = 0
         self._checks = 0
         self._effects: list[ev.Effect] = []
 
     def handle(self, event: ev.Event, now: float) -> Sequence[ev.Effect]:
         """Takes one event and says what is to be done about it."""
+        self._now = now
         match event:
             case Tick():
                 self._tick(now)
@@ -133,10 +138,15 @@ class Kademlia:
         self._handover.check()
 
     def wants(self, peer_id: str) -> bool:
-        """Whether the table would take that peer, if it is a server that answers."""
+        """Whether the table would take that peer, if it is a server that answers.
+
+        Not for a while after it was found out that it would not: two peers that both
+        have no place for the other would else ask each other for ever.
+        """
         table = self.local.table
         return (
             peer_id != self.local.peer_id
+            and self._turned_away.get(peer_id, self._now) <= self._now
             and not self._requests.checks(peer_id)
             and table.get(peer_id) is None
             and table.has_room(peer_id)
@@ -192,9 +202,9 @@ class Kademlia:
         then = partial(self._done, event.op_id)
         search = self._gets.get((event.key, event.quorum))
         for waiting in (self._running, self._queued):
-            if search in waiting and search.result is None:
+            # Nobody has answered yet, or what is read might be older than what was just put.
+            if search in waiting and search.answers == 0 and search.result is None:
                 waiting[search].append(then)
-                search.until = max(search.until, now + event.timeout_s)
                 return
         search = RecordSearch(self.local, event.key, now, event.timeout_s, quorum=event.quorum)
         self._gets[event.key, event.quorum] = search
@@ -305,8 +315,12 @@ class Kademlia:
         # ADD_PROVIDER has no answer, so that it shows nothing.
         if event.message is not None:
             known = self.local.table.get(peer_id)
-            addrs = known.addrs if known and known.addrs else request.peer.addrs
+            # What others say of where it is may be a lie; of that only what proved right.
+            proved = tuple(addr for addr in request.peer.addrs if addr == event.addr)
+            addrs = known.addrs if known and known.addrs else event.addrs or proved
             self._seen(self._contact(peer_id, addrs, event.holder, event.addr, now), now)
+            if request.check and self.local.table.get(peer_id) is None:
+                self._turn_away(peer_id, now)
         if search is not None and search in self._running:
             self._go_on(search, asks, now)
 
@@ -347,6 +361,12 @@ class Kademlia:
             self._seen(contact, now)
         elif self.wants(peer_id) and self._requests.checks_count < _CHECKS_MAX:
             self._look(PeerInfo(peer_id, event.addrs), now, check=True)
+
+    def _turn_away(self, peer_id: str, now: float) -> None:
+        self._turned_away.pop(peer_id, None)
+        if len(self._turned_away) >= _TURNED_AWAY_MAX:
+            del self._turned_away[next(iter(self._turned_away))]
+        self._turned_away[peer_id] = now + _TURNED_AWAY_S
 
     def _look(self, peer: PeerInfo, now: float, *, check: bool = False, last: bool = False) -> None:
         # kad-dht has retired PING; that it answers a lookup is what we want to know.

@@ -97,7 +97,8 @@ class Unkeep:
 class ReplyArrived:
     """The answer to SendRequest. `holder`: the peer announces that it keeps records.
 
-    `addr`: the multiaddr at which the peer was seen to be, "" where that is unknown.
+    `addr`: the multiaddr at which the peer was seen to be, "" where that is unknown;
+    `addrs`: those at which it says itself that it listens.
     """
 
     rpc_id: int
@@ -105,6 +106,7 @@ class ReplyArrived:
     holder: bool
     wall_ms: int
     addr: str = ""
+    addrs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

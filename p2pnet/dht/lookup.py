@@ -38,6 +38,7 @@ REQUESTS_MAX = 128
 QUORUM = 3
 GROUP_NEAREST_MAX = 2  # of one IP group among those nearest to a key
 _TRIES_MAX = 2
+_ADDRS_A_HINT = 6  # so that no one of those who name a peer fills its place with wrong ones
 _CREDIT = 6  # failures of whom it named that a peer may have, whoever answers
 _REFERRERS_MAX = 8  # remembered of one candidate
 
@@ -299,7 +300,7 @@ class Lookup:
             candidate = _Candidate(
                 peer_id=peer.peer_id,
                 distance=peer_position(peer.peer_id) ^ self.target,
-                addrs=peer.addrs[:ADDRS_MAX],
+                addrs=peer.addrs if by is None else peer.addrs[:_ADDRS_A_HINT],
                 group=self._group_of(peer.peer_id, (peer.addrs or ("",))[0]),
                 path=path,
                 hops=by.hops + 1 if by else 0,
@@ -309,13 +310,13 @@ class Lookup:
                 self._groups[candidate.group] = None
             bisect.insort(self._order, (candidate.distance, peer.peer_id))
         else:
-            new = tuple(addr for addr in peer.addrs if addr not in candidate.addrs)
-            if new and len(candidate.addrs) < ADDRS_MAX:
-                if candidate.state is _State.FAILED and candidate.tries < _TRIES_MAX:
-                    candidate.state = _State.HEARD
-                    candidate.addrs = (new + candidate.addrs)[:ADDRS_MAX]
-                else:
-                    candidate.addrs = (candidate.addrs + new)[:ADDRS_MAX]
+            hinted = peer.addrs[:_ADDRS_A_HINT]
+            new = tuple(addr for addr in hinted if addr not in candidate.addrs)
+            if new and candidate.state is _State.FAILED and candidate.tries < _TRIES_MAX:
+                candidate.state = _State.HEARD
+                candidate.addrs = (new + candidate.addrs)[:ADDRS_MAX]
+            elif new:
+                candidate.addrs = (candidate.addrs + new)[:ADDRS_MAX]
         if by is not None and len(candidate.referrers) < _REFERRERS_MAX:
             candidate.referrers.append(by)
             by.named_answered += candidate.state is _State.ANSWERED

@@ -166,8 +166,9 @@ class RoutingTable:
             if self.admits(spare):
                 del bucket.spares[spare.peer_id]
                 self._put_in(bucket, spare)
+                self._prune()  # it may be of a group that was not here
                 break
-        if not bucket.contacts:
+        if not bucket.contacts and number in self._buckets:
             del self._buckets[number]
 
     def closest(self, target: int, n: int) -> list[Contact]:

@@ -7,8 +7,10 @@ next, and has a `result` in the end. None of them outlives its `until`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from p2pnet.dht.events import Failed, Nodes, Providers, Records, ReplyArrived, Result
 from p2pnet.dht.keyspace import peer_position, position
@@ -257,26 +259,31 @@ class ProviderSearch(Search):
 
     def __init__(self, local: Local, key: bytes, now: float, timeout_s: float) -> None:
         super().__init__(local, key, Kind.GET_PROVIDERS, now, timeout_s)
-        self._providers: dict[str, PeerInfo] = {}
-        self._gather(local.providers.get(key, now))
+        # By who named them; what nobody else says shall not crowd out what others say.
+        self._named: list[tuple[PeerInfo, ...]] = [tuple(local.providers.get(key, now))]
 
     def _take(self, peer_id: str, message: Message, event: ReplyArrived, now: float) -> None:
-        self._gather(message.providers)
+        self._named.append(message.providers[:PROVIDERS_MAX])
 
-    def _gather(self, providers: Iterable[PeerInfo]) -> None:
-        for peer in providers:
-            known = self._providers.get(peer.peer_id)
-            if known is not None:
-                addrs = known.addrs + tuple(a for a in peer.addrs if a not in known.addrs)
-                self._providers[peer.peer_id] = PeerInfo(peer.peer_id, addrs[:ADDRS_MAX])
-            elif len(self._providers) < PROVIDERS_MAX:
-                self._providers[peer.peer_id] = peer
+    def _providers(self) -> tuple[PeerInfo, ...]:
+        """Whom most name first; of those named as often, one of each answer in turn."""
+        votes = Counter(peer.peer_id for named in self._named for peer in named)
+        found: dict[str, PeerInfo] = {}
+        for turn in zip_longest(*self._named):
+            for peer in turn:
+                if peer is not None:
+                    known = found.get(peer.peer_id)
+                    addrs = known.addrs if known else ()
+                    addrs += tuple(addr for addr in peer.addrs if addr not in addrs)
+                    found[peer.peer_id] = PeerInfo(peer.peer_id, addrs[:ADDRS_MAX])
+        in_order = sorted(found.values(), key=lambda peer: -votes[peer.peer_id])
+        return tuple(in_order[:PROVIDERS_MAX])
 
     def _converged(self, now: float) -> list[Ask]:
         if self._nobody_answered():
             self._end(Failed("no peer of the network answered"))
         else:
-            self._end(Providers(tuple(self._providers.values())))
+            self._end(Providers(self._providers()))
         return []
 
 

@@ -49,6 +49,8 @@ TIMEOUT_S = 10.0
 _CHECK_TIMEOUT_S = 5.0
 _CHECKS_AT_ONCE = 8
 _CHECKS_MAX = 256
+_QUIET_S = 10.0
+_QUIET_MAX = 1024
 _GRACE_S = 2.0
 
 _log = logging.getLogger(__name__)
@@ -103,6 +105,7 @@ class Dht:
         self._replies: dict[int, Message | MalformedError | None] = {}
         self._makers: dict[bytes, Callable[[], common_pb2.Signed]] = {}
         self._checking: dict[str, _Check] = {}
+        self._quiet_until: dict[str, float] = {}  # who did not say whether it serves
         self._check_slots = trio.CapacityLimiter(_CHECKS_AT_ONCE)
         self._answered = 0
         self._carrier = Carrier(
@@ -285,7 +288,8 @@ class Dht:
 
     async def meet(self, peer_id: str, addrs: Sequence[str] = ()) -> None:
         """As `seen`, and returns when it is known whether the peer comes into the table."""
-        self.seen(peer_id, addrs)
+        self._feed(ev.PeerMoved(peer_id, tuple(addrs)))
+        self._consider(peer_id, tuple(addrs), waited_for=True)
         if (checked := self._checking.get(peer_id)) is not None:
             await checked.done.wait()
 
@@ -469,19 +473,31 @@ class Dht:
         except P2PNetError as error:
             _log.warning("a record of ours could not be renewed: %s", error)
 
-    def _consider(self, peer_id: str, addrs: tuple[str, ...]) -> None:
-        """Whether a peer that we met may come into the table is for it to say."""
-        if (
-            self._core.wants(peer_id)
-            and peer_id not in self._checking
-            and len(self._checking) < _CHECKS_MAX
-        ):
-            self._checking[peer_id] = _Check()
-            self._spawn(self._check, peer_id, addrs)
+    def _consider(self, peer_id: str, addrs: tuple[str, ...], *, waited_for: bool = False) -> None:
+        """Whether a peer that we met may come into the table is for it to say.
 
-    async def _check(self, peer_id: str, addrs: tuple[str, ...]) -> None:
+        One who did not say is not asked again at once, and one that somebody waits for
+        does not queue behind the others: or those who say nothing could keep all out.
+        """
+        if not self._core.wants(peer_id) or peer_id in self._checking:
+            return
+        quiet = self._quiet_until.get(peer_id, 0.0) > self._now()
+        if waited_for or (not quiet and len(self._checking) < _CHECKS_MAX):
+            self._checking[peer_id] = _Check()
+            slots = trio.CapacityLimiter(1) if waited_for else self._check_slots
+            self._spawn(self._check, peer_id, addrs, slots)
+
+    def _was_quiet(self, peer_id: str) -> None:
+        self._quiet_until.pop(peer_id, None)
+        if len(self._quiet_until) >= _QUIET_MAX:
+            del self._quiet_until[next(iter(self._quiet_until))]
+        self._quiet_until[peer_id] = self._now() + _QUIET_S
+
+    async def _check(
+        self, peer_id: str, addrs: tuple[str, ...], slots: trio.CapacityLimiter
+    ) -> None:
         try:
-            async with self._check_slots:
+            async with slots:
                 if peer_id not in self._network.connected():
                     await self._network.connect(peer_id, addrs, timeout_s=_CHECK_TIMEOUT_S)
                 spoken = await self._network.protocols(peer_id, timeout_s=_CHECK_TIMEOUT_S)
@@ -496,6 +512,7 @@ class Dht:
         finally:
             if peer_id in self._checking and not self._checking[peer_id].fed:
                 self._checking.pop(peer_id).done.set()
+                self._was_quiet(peer_id)
 
     # Ourselves
 

@@ -111,17 +111,18 @@ class Detector:
         watch.rpc_id = None
         watch.missed(sent_at, now, self._config)
         # While everybody refuses at once, it is rather our own network that is gone.
-        cut_off = (
-            self._config.local_health
-            and len(self._watches) > 1
-            and all(w.misses for w in self._watches.values())
-        )
-        if watch.refusing(self._config) and not cut_off:
+        if watch.refusing(self._config) and not self.cut_off:
             return True
         if watch.suspected_at is None and watch.silent(now, self._config, self._factor(now)):
             watch.suspected_at = now
             return False
         return None
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether everybody whom we watch was missed: then it is rather we who are gone."""
+        missed = all(watch.misses for watch in self._watches.values())
+        return self._config.local_health and len(self._watches) > 1 and missed
 
     def void(self, peer_id: str, rpc_id: int, now: float) -> None:
         """A request from before a stall of ours ended somehow: that says nothing."""

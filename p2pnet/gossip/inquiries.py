@@ -16,6 +16,9 @@ from p2pnet.gossip.packing import Packer
 from p2pnet.gossip.pending import Asked, Pending, Purpose
 from p2pnet.gossip.table import Table
 
+_FULL_S = 0.1  # until it is tried again, where too many requests are under way
+_SLACK_S = 0.2  # what an answer may take beyond its time
+
 
 class Inquiries:
     """When to ask which convict."""
@@ -36,6 +39,7 @@ class Inquiries:
         self._coordinates = coordinates
         self._rng = rng
         self._due: list[tuple[float, str]] = []  # a heap
+        self._asked: dict[str, None] = {}  # convicts that had their chance to answer
 
     def deadline(self) -> float | None:
         """When `ask` is wanted."""
@@ -44,6 +48,7 @@ class Inquiries:
     def plan(self, now: float) -> None:
         """Takes in whom the table convicted: each is asked about half of its time through."""
         for until, peer_id in self._table.convicted:
+            self._asked.pop(peer_id, None)
             wait_s = (until - now) * self._rng.uniform(0.4, 0.6)
             heapq.heappush(self._due, (now + wait_s, peer_id))
         self._table.convicted.clear()
@@ -54,15 +59,36 @@ class Inquiries:
         while self._due and self._due[0][0] <= now:
             peer_id = heapq.heappop(self._due)[1]
             entry = self._table.entry(peer_id)
-            convicted = entry is not None and entry.refutes_until is not None
-            if convicted and not self._pending.full:
+            if entry is None or entry.refutes_until is None:
+                self._asked.pop(peer_id, None)
+            elif self._pending.full:
+                self.again(peer_id, now + _FULL_S)
+                break
+            else:
+                if peer_id not in self._asked:
+                    self._asked[peer_id] = None
+                    self._table.hear(peer_id, now + self._config.probe_timeout_s + _SLACK_S)
                 data = self._packer.probe(Kinds.KIND_PROBE, peer_id, self._coordinates.here)
                 sends.append(self._pending.send(Purpose.INQUIRY, peer_id, data, now))
         return sends
 
-    def unanswered(self, asked: Asked, now: float) -> list[MemberChanged]:
-        """One asked did not answer: whose machine refused is gone, else it is asked again."""
-        if now - asked.sent_at < self._config.fast_failure_s:
+    def again(self, peer_id: str, at: float) -> None:
+        """One is to be asked again."""
+        heapq.heappush(self._due, (at, peer_id))
+
+    def answered(self, peer_id: str, now: float) -> None:
+        """One asked is here: it has its time once more, and is asked once more in it."""
+        self._asked.pop(peer_id, None)
+        self._table.answered(peer_id, now)
+        self.again(peer_id, now + self._table.window_s / 2)
+
+    def unanswered(self, asked: Asked, now: float, *, cut_off: bool) -> list[MemberChanged]:
+        """One asked did not answer: whose machine refused is gone, else it is asked again.
+
+        `cut_off`: we reach nobody, so that a refusal may be our own network's.
+        """
+        if now - asked.sent_at < self._config.fast_failure_s and not cut_off:
+            self._asked.pop(asked.peer_id, None)
             return self._table.refused(asked.peer_id, now)
-        heapq.heappush(self._due, (now, asked.peer_id))
+        self.again(asked.peer_id, now + (_FULL_S if cut_off else 0.0))
         return []

@@ -225,7 +225,7 @@ class Membership:
             effects += self._presence.moved(self._coordinates.here, now)
         effects += self._intake.take(adverts, accusations, now, news=False)[1]
         if asked.purpose is Purpose.INQUIRY:
-            self._table.answered(peer_id, now)
+            self._inquiries.answered(peer_id, now)
         if sync:
             grown = len(self._table) > known
             effects += self._syncing.synced(asked, message, now, grown=grown)
@@ -239,8 +239,10 @@ class Membership:
         effects = self._farewell.departed()
         if asked.void:
             self._detector.void(peer_id, rpc_id, now)
+            if asked.purpose is Purpose.INQUIRY:
+                self._inquiries.again(peer_id, now)
         elif asked.purpose is Purpose.INQUIRY:
-            effects += self._inquiries.unanswered(asked, now)
+            effects += self._inquiries.unanswered(asked, now, cut_off=self._detector.cut_off)
         else:
             failed = self._detector.unanswered(peer_id, rpc_id, asked.sent_at, now)
             if failed is not None:

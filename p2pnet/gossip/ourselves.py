@@ -10,6 +10,7 @@ from p2pnet.gossip.statements import INCARNATION_MAX, OpenAdvert, Versions, buil
 from p2pnet.keys import KeyPair
 
 _SURE = 0.5  # a coordinate with a larger error is worth nothing to others
+_NOT_COUNTED = 10  # times the pause before an accusation is refuted that counts for nobody
 _MOVED_S = 0.005  # further than this, and than this share of the way from the middle,
 _MOVED_SHARE = 0.25  # is a move worth telling
 
@@ -102,14 +103,19 @@ class Ourselves:
         self._incarnation, self._sequence = advert.incarnation + 1, 0
         return True
 
-    def accused(self, incarnation: int, now: float) -> bool:
-        """We are accused; True if a refutation is to come that was not yet.
+    def accused(self, incarnation: int, now: float, *, counts: bool = True) -> bool:
+        """We are accused; True if a refutation is to come sooner than one was.
 
-        Not without a pause between two: a liar shall not make us flood the others.
+        Not without a pause between two, and a longer one where the accusation counts for
+        nobody: a liar shall not make us flood the others.
         """
-        if self._left or incarnation != self._incarnation or self.refute_at is not None:
+        if self._left or incarnation != self._incarnation:
             return False
-        self.refute_at = max(now, self._refuted_at + self._refute_interval_s)
+        pause_s = self._refute_interval_s * (1 if counts else _NOT_COUNTED)
+        refute_at = max(now, self._refuted_at + pause_s)
+        if self.refute_at is not None and self.refute_at <= refute_at:
+            return False
+        self.refute_at = refute_at
         return True
 
     def refute(self, now: float) -> bool:

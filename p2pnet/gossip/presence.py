@@ -65,9 +65,16 @@ class Presence:
 
     def accused(self, accusation: OpenAccusation, now: float) -> list[Effect]:
         """Somebody accuses us, who are here."""
-        if self._client or not self._ourselves.accused(accusation.incarnation, now):
+        if self._client:
             return []
-        self._detector.accused(now)
+        # One that nobody counts is answered all the same, for views may differ; but
+        # rarely, or any stranger could have all of us tell of each of us for ever.
+        counts = self._table.counts(accusation, now)
+        if not self._ourselves.accused(accusation.incarnation, now, counts=counts):
+            return []
+        if counts:
+            self._detector.accused(now)
+        self._table.refuted(accusation, now)
         return self.refute(now)  # at once, for the answer to carry it
 
     def refute(self, now: float) -> list[Effect]:

@@ -116,7 +116,10 @@ class Table:
         else:
             refuted = advert.incarnation > old.advert.incarnation  # or started anew
             if refuted and old.state.live:
-                self._mutes.refuted((a.accuser for a in old.accusations if a.failed), now)
+                group = self._watchers.group(advert.peer_id)
+                for accusation in old.accusations:
+                    if accusation.failed:
+                        self._mutes.refuted(accusation.accuser, advert.peer_id, group, now)
             state = State.LEFT if advert.left else State.ALIVE if refuted else old.state
             entry = Entry(
                 advert,
@@ -140,7 +143,7 @@ class Table:
             or accusation in entry.accusations
             # One who is convicted needs no more accusers, but for our own eyes.
             or (entry.refutes_until is not None and accusation.accuser != self.me)
-            or (accusation.accuser != self.me and self._mutes.muted(accusation.accuser, now))
+            or (accusation.accuser != self.me and self._is_muted(accusation, now))
             or accusation.accuser not in self._watchers.may_accuse(subject)
         ):
             return None
@@ -153,6 +156,27 @@ class Table:
         self._put(subject, replace(entry, accusations=(*kept, accusation)), entry)
         own = [subject, *self._watchers.before(subject)] if accusation.accuser == self.me else []
         return self._settle(own or [subject], now)
+
+    @property
+    def window_s(self) -> float:
+        """How long a convict has to refute."""
+        return self._judge.window_s()
+
+    def counts(self, accusation: OpenAccusation, now: float) -> bool:
+        """Whether others who see what we see count that accusation of us."""
+        may = self._watchers.may_accuse(self.me)
+        return accusation.accuser in may and not self._is_muted(accusation, now)
+
+    def refuted(self, accusation: OpenAccusation, now: float) -> None:
+        """We are here, whoever says that we have failed."""
+        if accusation.failed:
+            self._mutes.refuted(accusation.accuser, self.me, self._watchers.group(self.me), now)
+
+    def hear(self, peer_id: str, until: float) -> None:
+        """A convict is being asked: no verdict before it could have answered."""
+        entry = self.roster.get(peer_id)
+        if entry is not None and entry.refutes_until is not None and entry.refutes_until < until:
+            self._convict(peer_id, entry, until)
 
     def answered(self, peer_id: str, now: float) -> None:
         """A convict answered us: its refutation is on its way."""
@@ -218,6 +242,9 @@ class Table:
             self._watchers.check()
 
     # Verdicts
+
+    def _is_muted(self, accusation: OpenAccusation, now: float) -> bool:
+        return self._mutes.muted(accusation.accuser, accusation.subject, now)
 
     def _is_accused(self, peer_id: str) -> bool:
         entry = self.roster.get(peer_id)

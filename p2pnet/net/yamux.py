@@ -244,7 +244,9 @@ class Yamux:
 
     def _forget(self, stream: Stream) -> None:
         """No frame of it counts any more; what it holds unread may still be read."""
-        if self._streams.pop(stream.stream_id, None) is not None:
+        # Another stream may have its number by now.
+        if self._streams.get(stream.stream_id) is stream:
+            del self._streams[stream.stream_id]
             self._of_peer -= stream.stream_id % 2 != self._next_id % 2
 
     def _queue(self, kind: int, flags: int, stream_id: int, length: int) -> None:

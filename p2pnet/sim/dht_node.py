@@ -207,7 +207,7 @@ class DhtNode(Driver[ev.Event, ev.Effect]):
                 return
             message = kad_wire.parse(reply) if isinstance(reply, bytes) else reply
             holder, wall_ms = who.speaks(RECORD_PROTOCOL), self.machine.wall_ms
-            self.feed(ev.ReplyArrived(rpc_id, message, holder, wall_ms, who.addr))
+            self.feed(ev.ReplyArrived(rpc_id, message, holder, wall_ms, who.addr, (who.addr,)))
 
         self.machine.world.wire.request(
             self.machine,

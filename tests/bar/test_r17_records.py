@@ -106,7 +106,9 @@ class Core:
     def _ask(self, kind: Kind, key: bytes, value: bytes | None = None) -> Message | None:
         self._last_id += 1
         sender = keypair(200 + self._last_id // 500).peer_id  # none too fast
-        request = ev.RequestArrived(self._last_id, sender, Message(kind, key, value), WALL_MS)
+        addr = f"/dns4/{sender}/tcp/1"  # of an IP group of its own
+        message = Message(kind, key, value)
+        request = ev.RequestArrived(self._last_id, sender, message, WALL_MS, addr)
         for effect in self.handle(request):
             if isinstance(effect, ev.SendReply):
                 return effect.message

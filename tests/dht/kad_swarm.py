@@ -207,7 +207,9 @@ class Swarm:
                 message = self._pass(message)
             holder = request.peer.peer_id in self.holders
             where = addrs_of(request.peer.peer_id)[0]
-            event = ev.ReplyArrived(request.rpc_id, message, holder, self.wall_ms(), where)
+            event = ev.ReplyArrived(
+                request.rpc_id, message, holder, self.wall_ms(), where, (where,)
+            )
         else:
             event = ev.RequestFailed(request.rpc_id)
         self.feed(asker, event)

@@ -302,6 +302,7 @@ def test_refuting_is_paced() -> None:
     node = acquainted(5)
     for incarnation in range(100, 150):
         tell(node, accusation(3, 1, incarnation))
+    tell(node, accusation(4, 1, 101))  # which is not muted
     member = node.member(keypair(1).peer_id)
     assert member is not None
     assert member.advert.incarnation == 101

@@ -176,15 +176,26 @@ def test_the_refuted_are_not_heard_for_ever_longer() -> None:
     now = 0.0
     silences = []
     for _ in range(4):
-        mutes.refuted(["liar"], now)
-        assert mutes.muted("liar", now + 1)
-        silence = next(s for s in range(1, 2000) if not mutes.muted("liar", now + s))
+        mutes.refuted("liar", "us", "group", now)
+        assert mutes.muted("liar", "us", now + 1)
+        silence = next(s for s in range(1, 2000) if not mutes.muted("liar", "us", now + s))
         silences.append(silence)
         now += silence
     assert silences == [5, 10, 20, 40]
-    assert not mutes.muted("honest", now)
-    mutes.refuted(["liar"], now + 1000)
-    assert not mutes.muted("liar", now + 1005)  # long ago: forgiven
+    assert not mutes.muted("honest", "us", now)
+    mutes.refuted("liar", "us", "group", now + 1000)
+    assert not mutes.muted("liar", "us", now + 1005)  # long ago: forgiven
     for number in range(3000):
-        mutes.refuted([str(number)], now)
-    assert not mutes.muted("0", now)
+        mutes.refuted(str(number), "us", "group", now)
+    assert not mutes.muted("0", "us", now)
+
+
+def test_one_who_plays_dead_does_not_silence_its_observers_for_all_others() -> None:
+    mutes = Mutes()
+    for number in range(10):  # one attacker's identities, from one place
+        mutes.refuted("observer", f"sybil {number}", "one place", 0.0)
+    assert mutes.muted("observer", "sybil 0", 1.0)
+    assert not mutes.muted("observer", "another", 1.0)
+    for number in range(3):
+        mutes.refuted("liar", f"member {number}", f"place {number}", 0.0)
+    assert mutes.muted("liar", "another", 1.0)
