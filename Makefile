@@ -23,8 +23,17 @@ lint: $(READY)
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tests/wire/breaking.py
 
+# What runs in virtual time or by itself goes two at a time; what starts processes and
+# has them meet deadlines comes after it, alone.
+PROCESSES := tests/cluster tests/interop tests/packaging
+
 unit: $(READY) $(BIN)/p2pd
+ifdef ARGS
 	$(BIN)/pytest $(ARGS)
+else
+	$(BIN)/pytest -n 2 --dist loadfile $(PROCESSES:%=--ignore=%)
+	$(BIN)/pytest $(PROCESSES)
+endif
 
 # A Go libp2p daemon for tests/interop, which are skipped where it cannot be had.
 $(BIN)/p2pd: | $(READY)
