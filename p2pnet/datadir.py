@@ -14,6 +14,7 @@ keeper/        this node's part in other networks' logs
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -169,5 +170,6 @@ def write_whole(path: Path, data: bytes) -> None:
         finally:
             os.close(directory)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a broken disk this fails, too
+            temporary.unlink(missing_ok=True)
         raise ResourceError(f"{path} cannot be written: {error.strerror}") from error

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import secrets
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
@@ -143,7 +144,7 @@ async def run_node(
         network = await stack.enter_async_context(open_network(keypair, listen=config.listen))
         bridge = await stack.enter_async_context(open_bridge())
         events = EventBus()
-        rng = random.Random(keypair.peer_id)
+        rng = random.Random(secrets.token_bytes(32))  # nobody shall foretell whom we ask
         dht = Dht(network, rng=rng, server=not config.client, protocol=config.kad_protocol)
         dialer = TcpDialer(keypair)
         around = Around(keypair, dialer, dht, lambda: gossip, bridge, events)
@@ -195,7 +196,7 @@ async def run_node(
             certificate_der=certificate.cert_der,
             capabilities=capabilities,
             incarnation=clock.wall_ms(),
-            rng=random.Random(keypair.peer_id),
+            rng=random.Random(secrets.token_bytes(32)),
             client=config.client,
         )
         rendezvous = Rendezvous(

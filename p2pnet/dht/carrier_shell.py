@@ -28,6 +28,7 @@ class Carrier:
         feed: takes the core's events.
         spawn: starts a task.
         is_holder: whether a peer is known to keep records.
+        is_open: whether the answer to a request (its id) is still of use.
         wall_ms: the wall clock.
     """
 
@@ -40,6 +41,7 @@ class Carrier:
         feed: Callable[..., None],
         spawn: Callable[..., None],
         is_holder: Callable[[str], bool],
+        is_open: Callable[[int], bool],
         wall_ms: Callable[[], int],
     ) -> None:
         self._network = network
@@ -48,6 +50,7 @@ class Carrier:
         self._feed = feed
         self._spawn: Callable[[Callable[..., Awaitable[None]], object], None] = spawn
         self._is_holder = is_holder
+        self._is_open = is_open
         self._wall_ms = wall_ms
         # Requests that wait for a batch to the same peer to come back.
         self._lines: dict[str, list[ev.SendRequest]] = {}
@@ -98,6 +101,7 @@ class Carrier:
         return replace(message, providers=tuple(named))
 
     def _send_batched(self, peer_id: str, requests: list[ev.SendRequest]) -> None:
+        requests = [request for request in requests if self._is_open(request.rpc_id)]
         if len(requests) > 1:
             self._lines[peer_id] = requests[wire.BATCH_MAX :]
             self._spawn(self._request_batch, requests[: wire.BATCH_MAX])

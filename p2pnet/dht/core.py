@@ -37,6 +37,7 @@ _RUNNING_MAX = 64
 _QUEUED_MAX = 4096
 _CHECKS_MAX = 64
 _TURNED_AWAY_S = 60.0
+_UNCHECKED_S = 10.0  # who asks and does not answer is not asked again at once
 _TURNED_AWAY_MAX = 1024
 _CHECK_ALL_EVERY = 32
 
@@ -156,6 +157,10 @@ class Kademlia:
         """Whether that peer is in the table, and keeps records."""
         contact = self.local.table.get(peer_id)
         return contact is not None and contact.holder
+
+    def is_open(self, rpc_id: int) -> bool:
+        """Whether an answer to that request is still of use."""
+        return self._requests.get(rpc_id) is not None
 
     def checking(self, peer_id: str) -> bool:
         """Whether it is being found out if that peer answers lookups."""
@@ -320,7 +325,7 @@ class Kademlia:
             addrs = known.addrs if known and known.addrs else event.addrs or proved
             self._seen(self._contact(peer_id, addrs, event.holder, event.addr, now), now)
             if request.check and self.local.table.get(peer_id) is None:
-                self._turn_away(peer_id, now)
+                self._turn_away(peer_id, now + _TURNED_AWAY_S)
         if search is not None and search in self._running:
             self._go_on(search, asks, now)
 
@@ -338,13 +343,16 @@ class Kademlia:
         """A peer did not answer: it goes, unless it may only have been too busy."""
         peer_id = request.peer.peer_id
         contact = self.local.table.get(peer_id)
+        if contact is not None and contact.seen_at > request.sent_at:
+            return  # it has answered others since
         if contact is not None and not request.last:
-            if contact.seen_at > request.sent_at:
-                return  # it has answered others since
             refused = now - request.sent_at < TIMEOUT_S_MIN / 2
             if not refused and contact.seen_at > now - _FRESH_S:
-                self._look(contact.info, now, last=True)
+                if not self._requests.is_last(peer_id):
+                    self._look(contact.info, now, last=True)
                 return
+        if request.check:
+            self._turn_away(peer_id, now + _UNCHECKED_S)
         self.local.silent(request.peer, now)
         self._effects.append(ev.Forget(peer_id))
 
@@ -362,11 +370,11 @@ class Kademlia:
         elif self.wants(peer_id) and self._requests.checks_count < _CHECKS_MAX:
             self._look(PeerInfo(peer_id, event.addrs), now, check=True)
 
-    def _turn_away(self, peer_id: str, now: float) -> None:
+    def _turn_away(self, peer_id: str, until: float) -> None:
         self._turned_away.pop(peer_id, None)
         if len(self._turned_away) >= _TURNED_AWAY_MAX:
             del self._turned_away[next(iter(self._turned_away))]
-        self._turned_away[peer_id] = now + _TURNED_AWAY_S
+        self._turned_away[peer_id] = until
 
     def _look(self, peer: PeerInfo, now: float, *, check: bool = False, last: bool = False) -> None:
         # kad-dht has retired PING; that it answers a lookup is what we want to know.

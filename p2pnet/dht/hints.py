@@ -12,6 +12,8 @@ HINTS_MAX = 16384
 PROVIDERS_MAX = 32  # of one key
 PROVIDED_MAX = 2048  # by one peer
 PROVIDER_LIFE_S = 30 * 60.0
+_ADDRS_MAX = 4  # of one provider, and how long each
+_ADDR_CHARS_MAX = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,8 @@ class ProviderStore:
         if not 0 <= age_s < self._life_s:
             return
         peer_id = provider.peer_id
+        short = [addr for addr in provider.addrs if len(addr) <= _ADDR_CHARS_MAX]
+        provider = PeerInfo(peer_id, tuple(short[:_ADDRS_MAX]))
         source = self._by_key.get(key, {}).get(peer_id, source)
         self.remove(key, peer_id)
         of_key = self._by_key.get(key, {})

@@ -123,6 +123,10 @@ class Requests:
         """Whether it is being found out if that peer answers lookups."""
         return peer_id in self._checking
 
+    def is_last(self, peer_id: str) -> bool:
+        """Whether a peer's last chance is under way."""
+        return any(r.last and r.peer.peer_id == peer_id for r in self._requests.values())
+
     @property
     def checks_count(self) -> int:
         """Of how many peers that is being found out."""

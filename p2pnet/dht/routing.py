@@ -23,7 +23,7 @@ from p2pnet.dht.keyspace import POSITION_BITS, common_prefix_bits, peer_position
 from p2pnet.net.network import PeerInfo
 
 K = 20
-UNKNOWN_GROUP = ""  # of all who were seen nowhere
+UNKNOWN_GROUP = "?"  # of all who were seen nowhere
 GROUP_TABLE_MAX = 2  # contacts of one IP group, where there are enough groups
 _SPARES_MAX = 5  # newcomers that wait beside a full bucket
 

@@ -50,6 +50,7 @@ _CHECK_TIMEOUT_S = 5.0
 _CHECKS_AT_ONCE = 8
 _CHECKS_MAX = 256
 _QUIET_S = 10.0
+_MANY_AT_ONCE = 512
 _QUIET_MAX = 1024
 _GRACE_S = 2.0
 
@@ -115,6 +116,7 @@ class Dht:
             feed=self._feed,
             spawn=self._spawn,
             is_holder=self._core.is_holder,
+            is_open=self._core.is_open,
             wall_ms=wall_ms,
         )
 
@@ -384,6 +386,15 @@ class Dht:
         return await self._wait_for(begin)
 
     async def _operate_many(
+        self, makes: Sequence[Callable[[int], ev.Operation]]
+    ) -> list[ev.Result]:
+        """Some at a time: the core takes only so many, and each is to have its time."""
+        results: list[ev.Result] = []
+        for start in range(0, len(makes), _MANY_AT_ONCE):
+            results += await self._operate_some(makes[start : start + _MANY_AT_ONCE])
+        return results
+
+    async def _operate_some(
         self, makes: Sequence[Callable[[int], ev.Operation]]
     ) -> list[ev.Result]:
         if self._nursery is None:

@@ -40,6 +40,7 @@ class Inquiries:
         self._rng = rng
         self._due: list[tuple[float, str]] = []  # a heap
         self._asked: dict[str, None] = {}  # convicts that had their chance to answer
+        self._under_way: dict[str, None] = {}
 
     def deadline(self) -> float | None:
         """When `ask` is wanted."""
@@ -59,6 +60,8 @@ class Inquiries:
         while self._due and self._due[0][0] <= now:
             peer_id = heapq.heappop(self._due)[1]
             entry = self._table.entry(peer_id)
+            if peer_id in self._under_way:
+                continue  # one question at a time
             if entry is None or entry.refutes_until is None:
                 self._asked.pop(peer_id, None)
             elif self._pending.full:
@@ -68,12 +71,14 @@ class Inquiries:
                 if peer_id not in self._asked:
                     self._asked[peer_id] = None
                     self._table.hear(peer_id, now + self._config.probe_timeout_s + _SLACK_S)
+                self._under_way[peer_id] = None
                 data = self._packer.probe(Kinds.KIND_PROBE, peer_id, self._coordinates.here)
                 sends.append(self._pending.send(Purpose.INQUIRY, peer_id, data, now))
         return sends
 
     def again(self, peer_id: str, at: float) -> None:
         """One is to be asked again."""
+        self._under_way.pop(peer_id, None)
         heapq.heappush(self._due, (at, peer_id))
 
     def answered(self, peer_id: str, now: float) -> None:
@@ -89,6 +94,7 @@ class Inquiries:
         """
         if now - asked.sent_at < self._config.fast_failure_s and not cut_off:
             self._asked.pop(asked.peer_id, None)
+            self._under_way.pop(asked.peer_id, None)
             return self._table.refused(asked.peer_id, now)
         self.again(asked.peer_id, now + (_FULL_S if cut_off else 0.0))
         return []

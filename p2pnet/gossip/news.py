@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import OrderedDict
 
 from p2pnet.gossip.events import GossipConfig, Send, State
 from p2pnet.gossip.messages import Kinds
@@ -14,6 +15,10 @@ from p2pnet.gossip.packing import Packer
 from p2pnet.gossip.pending import Pending, Purpose
 from p2pnet.gossip.statements import OpenAccusation, OpenAdvert
 from p2pnet.gossip.table import Table
+
+_BURST = 5.0
+_ADVERTS_A_S = 1.0
+_TOLD_MAX = 4096
 
 
 class News:
@@ -36,14 +41,30 @@ class News:
         self._rng = rng
         self._client = client
         self._pushed_at = -math.inf
+        # How many adverts of each member may be told, and since when it is so.
+        self._allowed: OrderedDict[str, tuple[float, float]] = OrderedDict()
         self.push_at: float | None = None  # when `push` is wanted
 
     def spread(self, statement: OpenAdvert | OpenAccusation, now: float) -> None:
         """This is new."""
-        if not self._client:
-            self._packer.spread(statement)
-            if self.push_at is None:
-                self.push_at = max(now, self._pushed_at + self._config.push_interval_s)
+        if self._client or not self._may_tell(statement, now):
+            return
+        self._packer.spread(statement)
+        if self.push_at is None:
+            self.push_at = max(now, self._pushed_at + self._config.push_interval_s)
+
+    def _may_tell(self, statement: OpenAdvert | OpenAccusation, now: float) -> bool:
+        # Whoever signs a new advert every moment shall not keep everybody busy with it:
+        # what is not told now, the next exchange of digests brings.
+        if isinstance(statement, OpenAccusation):
+            return True
+        left, at = self._allowed.pop(statement.peer_id, (_BURST, now))
+        left = min(_BURST, left + _ADVERTS_A_S * (now - at))
+        may = left >= 1.0
+        self._allowed[statement.peer_id] = (left - may, now)
+        if len(self._allowed) > _TOLD_MAX:
+            self._allowed.popitem(last=False)
+        return may
 
     def push(self, now: float) -> list[Send]:
         """Tells a few."""

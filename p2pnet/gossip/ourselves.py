@@ -10,7 +10,8 @@ from p2pnet.gossip.statements import INCARNATION_MAX, OpenAdvert, Versions, buil
 from p2pnet.keys import KeyPair
 
 _SURE = 0.5  # a coordinate with a larger error is worth nothing to others
-_NOT_COUNTED = 10  # times the pause before an accusation is refuted that counts for nobody
+_STRANGER_S = 5.0  # before an accusation is refuted that counts for nobody; then twice as long
+_STRANGER_S_MAX = 600.0
 _MOVED_S = 0.005  # further than this, and than this share of the way from the middle,
 _MOVED_SHARE = 0.25  # is a move worth telling
 
@@ -35,6 +36,7 @@ class Ourselves:
         self._left = False
         self._refute_interval_s = refute_interval_s
         self._refuted_at = -math.inf
+        self._stranger_pause_s = _STRANGER_S
         self._coordinate: Coordinate | None = None
         self._place_at: float | None = None  # when our advert may say where we are
         self.refute_at: float | None = None  # when a refutation is due
@@ -111,10 +113,16 @@ class Ourselves:
         """
         if self._left or incarnation != self._incarnation:
             return False
-        pause_s = self._refute_interval_s * (1 if counts else _NOT_COUNTED)
+        pause_s = self._refute_interval_s
+        if not counts:
+            # Twice as long each time, or one stranger could keep everybody talking.
+            quiet = now - self._refuted_at > 2 * self._stranger_pause_s
+            pause_s = _STRANGER_S if quiet else min(2 * self._stranger_pause_s, _STRANGER_S_MAX)
         refute_at = max(now, self._refuted_at + pause_s)
         if self.refute_at is not None and self.refute_at <= refute_at:
             return False
+        if not counts:
+            self._stranger_pause_s = pause_s
         self.refute_at = refute_at
         return True
 

@@ -40,6 +40,7 @@ _READ_BYTES = 64 * 1024
 _IDENTIFY_S = 10.0
 _ADDRS_MAX = 16  # a peer's, of those that it names
 _PROTOCOLS_MAX = 1024
+_PROTOCOL_CHARS_MAX = 16 << 10  # over all of a peer
 _PING_BYTES = 32
 _AGENT = "p2pnet"
 _YAMUX = "/yamux/1.0.0"
@@ -185,8 +186,11 @@ async def _ask_identify(connection: Connection) -> Identity:
         await stream.reset()
     names = message.protocols
     # Identify is proto2: a string that is not UTF-8 is not refused, but comes as bytes.
-    if len(names) > _PROTOCOLS_MAX or not all(isinstance(name, str) for name in names):
-        raise MalformedError("an identify message with too many protocols, or odd ones")
+    size = sum(map(len, names))
+    if len(names) > _PROTOCOLS_MAX or size > _PROTOCOL_CHARS_MAX:
+        raise MalformedError("an identify message with too many protocols")
+    if not all(isinstance(name, str) for name in names):
+        raise MalformedError("an identify message with a protocol that is no text")
     addrs = multiaddr.readable(message.listen_addrs, connection.peer_id, _ADDRS_MAX)
     return Identity(tuple(sorted(set(names))), addrs)
 
@@ -204,7 +208,7 @@ async def open_network(
     announce: Sequence[str] = (),
     connections_max: int = 512,
     inbound_connections_max: int = 384,
-    inbound_streams_max: int = 1024,
+    inbound_streams_max: int = 4096,
     silence_s: float = 5.0,
 ) -> AsyncIterator[Libp2pNetwork]:
     """A running network: it serves while the block runs, and is closed at its end.

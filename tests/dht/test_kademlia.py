@@ -360,8 +360,10 @@ def test_only_a_server_that_answers_a_lookup_enters_the_table_and_an_asker_does_
     (check,) = core.handle(ev.PeerSeen(peer_id, (), True, True), 0.0)
     assert isinstance(check, ev.SendRequest)
     assert core.stats()["peers"] == 0
-    core.handle(ev.RequestFailed(check.rpc_id), 0.1)
+    core.handle(ev.RequestFailed(check.rpc_id), 0.0)
     assert core.stats()["peers"] == 0
+    assert not core.wants(peer_id)  # for a while
+    peer_id = keypair(2).peer_id
     acquaint(core, peer_id)
     assert core.stats()["peers"] == 1
     core.handle(ev.PeerSeen(peer_id, (), False, False), 0.0)
