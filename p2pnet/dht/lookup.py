@@ -82,7 +82,8 @@ class Lookup:
     It ends when the `width` nearest have answered, and if `holders` > 0 also when
     that many of the nearest that keep records have, each of another IP group:
     reading and writing records needs no more. `narrow` > 0: until `widen` is called,
-    on one path, and only that many holders are wanted. `shy`: who is asked only
+    on one path, and only that many holders are wanted. `alpha`: requests under way at
+    once. `shy`: who is asked only
     where nobody else is left.
     """
 
@@ -95,6 +96,7 @@ class Lookup:
         group_of: GroupOf,
         holders: int = 0,
         narrow: int = 0,
+        alpha: int = ALPHA,
         shy: Callable[[str], bool] = lambda peer_id: False,
     ) -> None:
         self.key = key
@@ -103,6 +105,7 @@ class Lookup:
         self._width = width
         self._holders = holders
         self._narrow = narrow
+        self._alpha = alpha
         self._group_of = group_of
         self._shy = shy
         self._requests_left = REQUESTS_MAX
@@ -176,7 +179,7 @@ class Lookup:
         ask: list[PeerInfo] = []
         flying = self.flying
         nobody_else = flying == 0
-        while flying < (self._narrow or ALPHA) and self._requests_left > 0:
+        while flying < (self._narrow or self._alpha) and self._requests_left > 0:
             candidate = self._pick(shy=False)
             if candidate is not None:
                 nobody_else = False

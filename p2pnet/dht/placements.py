@@ -9,7 +9,7 @@ from dataclasses import replace
 from p2pnet.dht.events import Failed, ReplyArrived, Stored
 from p2pnet.dht.keyspace import peer_position
 from p2pnet.dht.local import REPLICAS, Local
-from p2pnet.dht.lookup import QUORUM
+from p2pnet.dht.lookup import ALPHA, QUORUM
 from p2pnet.dht.records import OpenRecord, serialise_set
 from p2pnet.dht.routing import K
 from p2pnet.dht.searches import Ask, Search, is_among
@@ -30,7 +30,9 @@ class Placement(Search):
     def __init__(
         self, local: Local, key: bytes, now: float, timeout_s: float, *, copies: int, holders: int
     ) -> None:
-        super().__init__(local, key, Kind.FIND_NODE, now, timeout_s, holders=holders)
+        # As many at once as are to take it: mostly those asked first do.
+        alpha = max(ALPHA, holders)
+        super().__init__(local, key, Kind.FIND_NODE, now, timeout_s, holders=holders, alpha=alpha)
         self._ends = self.until
         self.until = now + _LOOKUP_SHARE * timeout_s
         self._copies = copies

@@ -15,7 +15,7 @@ from itertools import zip_longest
 from p2pnet.dht.events import Failed, Nodes, Providers, Records, ReplyArrived, Result
 from p2pnet.dht.keyspace import peer_position, position
 from p2pnet.dht.local import REPLICAS, Local
-from p2pnet.dht.lookup import QUORUM, Lookup
+from p2pnet.dht.lookup import ALPHA, QUORUM, Lookup
 from p2pnet.dht.records import OpenRecord, merge, serialise_set
 from p2pnet.dht.routing import K
 from p2pnet.dht.rtt import HEDGE_S_MAX
@@ -54,6 +54,7 @@ class Search(ABC):
         *,
         holders: int = 0,
         narrow: int = 0,
+        alpha: int = ALPHA,
     ) -> None:
         self.local = local
         self.key = key
@@ -67,6 +68,7 @@ class Search(ABC):
             group_of=local.group_of,
             holders=holders,
             narrow=narrow,
+            alpha=alpha,
             shy=local.is_stalled,
         )
         self.answers = 0
