@@ -184,10 +184,10 @@ class DhtPeer:
 
     def begin(self) -> None:
         """Asks something, of peers that are there (again)."""
-        for peer in PEERS:
-            self.feed(ev.PeerSeen(peer.peer_id, peer.addrs, True, True))
         self.now += 60.0  # silent peers are asked again
         self.feed(Tick())
+        for peer in PEERS:
+            self.feed(ev.PeerSeen(peer.peer_id, peer.addrs, True, True))
         self.operations += 1
         op_id = self.operations
         self.feed(
