@@ -8,8 +8,14 @@ write to a data dir can make a good one, so that what is in a file is checked be
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
 from p2pnet.errors import LocalError
 from p2pnet.keys import sha256
+
+MessageT = TypeVar("MessageT", bound=Message)
 
 _MAGIC = b"p2pnet\0"
 _KIND_BYTES = 4
@@ -21,6 +27,23 @@ def seal(kind: bytes, version: int, body: bytes) -> bytes:
     """The whole file. `kind` has 4 bytes; `version` is from 0 to 255."""
     head = _MAGIC + kind.ljust(_KIND_BYTES)[:_KIND_BYTES] + bytes([version])
     return b"".join((head, sha256(head + sha256(body)), body))
+
+
+def unseal_message(
+    message: type[MessageT], kind: bytes, version: int, data: bytes, bytes_max: int
+) -> MessageT:
+    """The body, which is a protobuf message; a whole file has at most `bytes_max`.
+
+    Raises:
+        LocalError: as `unseal`, or it does not parse; says which.
+    """
+    if len(data) > bytes_max:
+        raise LocalError(f"it has {len(data)} bytes, over {bytes_max}")
+    body = unseal(kind, version, data)
+    try:
+        return message.FromString(body)
+    except DecodeError:
+        raise LocalError("it does not parse") from None
 
 
 def unseal(kind: bytes, version: int, data: bytes) -> bytes:

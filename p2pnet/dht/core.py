@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from p2pnet.bounded import keep_latest
 from p2pnet.core import Tick
 from p2pnet.dht import events as ev
 from p2pnet.dht.handover import Handover
@@ -371,10 +372,7 @@ class Kademlia:
             self._look(PeerInfo(peer_id, event.addrs), now, check=True)
 
     def _turn_away(self, peer_id: str, until: float) -> None:
-        self._turned_away.pop(peer_id, None)
-        if len(self._turned_away) >= _TURNED_AWAY_MAX:
-            del self._turned_away[next(iter(self._turned_away))]
-        self._turned_away[peer_id] = until
+        keep_latest(self._turned_away, peer_id, until, _TURNED_AWAY_MAX)
 
     def _look(self, peer: PeerInfo, now: float, *, check: bool = False, last: bool = False) -> None:
         # kad-dht has retired PING; that it answers a lookup is what we want to know.

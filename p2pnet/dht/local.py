@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from p2pnet.bounded import keep_latest
 from p2pnet.dht.keyspace import POSITION_BITS, peer_position, position
 from p2pnet.dht.rates import PUT_BYTES_A_TOKEN, SenderRates
 from p2pnet.dht.records import OpenRecord, open_set, serialise_set
@@ -64,10 +65,7 @@ class Local:
     def silent(self, peer: PeerInfo, now: float) -> None:
         """A peer did not answer in time at these addresses."""
         self.table.remove(peer.peer_id)
-        self._silent.pop(peer.peer_id, None)
-        if len(self._silent) >= _SILENT_MAX:
-            del self._silent[next(iter(self._silent))]
-        self._silent[peer.peer_id] = (now + _SILENT_S, peer.addrs)
+        keep_latest(self._silent, peer.peer_id, (now + _SILENT_S, peer.addrs), _SILENT_MAX)
 
     def stalled(self, peer_id: str, requests: int) -> None:
         """So many more (or fewer) requests to a peer are overdue, and not given up."""

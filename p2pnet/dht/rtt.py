@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from p2pnet.bounded import keep_latest
+
 # Past its *hedge* another peer is asked beside the one that was. Past its
 # *patience* a lookup no longer waits for an answer, but still takes it. Past its
 # *timeout* the peer is given up. The last two are apart because a busy volunteer
@@ -59,14 +61,12 @@ class RoundTrips:
 
     def sample(self, peer_id: str, round_trip_s: float) -> None:
         """A peer answered a request after that time."""
-        estimate = self._peers.pop(peer_id, None)
+        estimate = self._peers.get(peer_id)
         if estimate is None:
             estimate = _Estimate.first(round_trip_s)
-            if len(self._peers) >= _PEERS_MAX:
-                del self._peers[next(iter(self._peers))]
         else:
             estimate.add(round_trip_s)
-        self._peers[peer_id] = estimate  # at the end: the latest
+        keep_latest(self._peers, peer_id, estimate, _PEERS_MAX)
         self._samples += 1
         if self._swarm is None:
             self._swarm = _Estimate.first(round_trip_s)

@@ -63,10 +63,6 @@ class Shares(Generic[K, V]):
         self.pop(oldest)
         return oldest
 
-    def oldest_of(self, source: str) -> K | None:
-        """The key that a source has had for longest, or None."""
-        return next(iter(self._of.get(source, ())), None)
-
     def pop(self, key: K) -> V | None:
         """Drops an item; returns it, or None where there was none."""
         found = self._items.pop(key, None)

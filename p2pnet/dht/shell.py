@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from p2pnet import clock
+from p2pnet.bounded import keep_latest
 from p2pnet.core import Tick
 from p2pnet.dht import events as ev
 from p2pnet.dht import wire
@@ -498,12 +499,6 @@ class Dht:
             slots = trio.CapacityLimiter(1) if waited_for else self._check_slots
             self._spawn(self._check, peer_id, addrs, slots)
 
-    def _was_quiet(self, peer_id: str) -> None:
-        self._quiet_until.pop(peer_id, None)
-        if len(self._quiet_until) >= _QUIET_MAX:
-            del self._quiet_until[next(iter(self._quiet_until))]
-        self._quiet_until[peer_id] = self._now() + _QUIET_S
-
     async def _check(
         self, peer_id: str, addrs: tuple[str, ...], slots: trio.CapacityLimiter
     ) -> None:
@@ -523,7 +518,7 @@ class Dht:
         finally:
             if peer_id in self._checking and not self._checking[peer_id].fed:
                 self._checking.pop(peer_id).done.set()
-                self._was_quiet(peer_id)
+                keep_latest(self._quiet_until, peer_id, self._now() + _QUIET_S, _QUIET_MAX)
 
     # Ourselves
 

@@ -11,16 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from google.protobuf.message import DecodeError
-
 from p2pnet.dht.hints import HINTS_MAX, PROVIDER_LIFE_S, Hint
 from p2pnet.dht.records import OpenRecord, open_record
 from p2pnet.dht.store import MARKS_MAX, RECORDS_MAX, TOTAL_BYTES_MAX, Mark
 from p2pnet.dht.wire import KEY_BYTES_MAX
-from p2pnet.errors import LocalError, MalformedError, RemoteError
+from p2pnet.errors import MalformedError, RemoteError
 from p2pnet.keys import PEER_ID_CHARS_MAX, peer_id_bytes
 from p2pnet.net.network import PeerInfo
-from p2pnet.sealed import seal, unseal
+from p2pnet.sealed import seal, unseal_message
 from p2pnet.v1 import kept_pb2 as pb
 
 KIND = b"dht"
@@ -92,13 +90,7 @@ def parse(
     Raises:
         LocalError: another kind of file, or a damaged one; says which.
     """
-    if len(data) > FILE_BYTES_MAX:
-        raise LocalError(f"it has {len(data)} bytes, over {FILE_BYTES_MAX}")
-    body = unseal(KIND, VERSION, data)
-    try:
-        kept = pb.KeptStore.FromString(body)
-    except DecodeError:
-        raise LocalError("it does not parse") from None
+    kept = unseal_message(pb.KeptStore, KIND, VERSION, data, FILE_BYTES_MAX)
     return _parts(kept, wall_ms, records_at_once)
 
 

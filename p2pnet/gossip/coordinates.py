@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass
 from statistics import median
-from typing import TypeVar
 
+from p2pnet.bounded import keep_latest
 from p2pnet.errors import MalformedError
 from p2pnet.v1 import gossip_pb2 as pb
 
@@ -32,8 +32,6 @@ _MOVE_S_MAX = 0.1  # and never further than this
 _GRAVITY_RHO_S = 150.0  # Ledlie et al.: the pull to the origin is (length / rho)^2
 _RECENT = 3  # of a peer's last so many measurements the median counts (Ledlie et al.)
 _PEERS_MAX = 256
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +71,8 @@ class Coordinates:
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
         self.here = Coordinate()
-        self._measured: OrderedDict[str, deque[float]] = OrderedDict()
-        self._heard: OrderedDict[str, Coordinate] = OrderedDict()
+        self._measured: dict[str, deque[float]] = {}
+        self._heard: dict[str, Coordinate] = {}
 
     def measured_s(self, peer_id: str) -> float | None:
         """The median of the last round trips to a peer, if we measured any."""
@@ -87,7 +85,7 @@ class Coordinates:
 
     def hear(self, peer_id: str, there: Coordinate) -> None:
         """A peer says where it is."""
-        _keep(self._heard, peer_id, there)
+        keep_latest(self._heard, peer_id, there, _PEERS_MAX)
 
     def measure(self, peer_id: str, round_trip_s: float, there: Coordinate | None) -> None:
         """We asked a peer and its answer took so long; `there` is what it says of itself."""
@@ -97,7 +95,7 @@ class Coordinates:
         if recent is None:
             recent = deque(maxlen=_RECENT)
         recent.append(round_trip_s)
-        _keep(self._measured, peer_id, recent)
+        keep_latest(self._measured, peer_id, recent, _PEERS_MAX)
         if there is not None:
             self.hear(peer_id, there)
             self._move(there, median(recent))
@@ -130,10 +128,3 @@ class Coordinates:
             away = tuple(self._rng.uniform(-1, 1) for _ in range(AXES))
             length = math.hypot(*away) or 1.0
         return tuple(axis / length for axis in away)
-
-
-def _keep(into: OrderedDict[str, T], peer_id: str, value: T) -> None:
-    into[peer_id] = value
-    into.move_to_end(peer_id)
-    if len(into) > _PEERS_MAX:
-        into.popitem(last=False)

@@ -10,13 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from google.protobuf.message import DecodeError
-
-from p2pnet.errors import LocalError, RemoteError
+from p2pnet.errors import RemoteError
 from p2pnet.gossip.events import Member, State
 from p2pnet.gossip.statements import ADVERT_BYTES_MAX, OpenAdvert, open_advert
 from p2pnet.net.groups import GroupOf, ip_group
-from p2pnet.sealed import seal, unseal
+from p2pnet.sealed import seal, unseal_message
 from p2pnet.v1 import kept_pb2 as pb
 
 KIND = b"peer"
@@ -75,13 +73,7 @@ def parse(data: bytes) -> tuple[list[Known], int]:
     Raises:
         LocalError: another kind of file, or a damaged one; says which.
     """
-    if len(data) > FILE_BYTES_MAX:
-        raise LocalError(f"it has {len(data)} bytes, over {FILE_BYTES_MAX}")
-    body = unseal(KIND, VERSION, data)
-    try:
-        kept = pb.KeptPeers.FromString(body)
-    except DecodeError:
-        raise LocalError("it does not parse") from None
+    kept = unseal_message(pb.KeptPeers, KIND, VERSION, data, FILE_BYTES_MAX)
     found: dict[str, Known] = {}
     for peer in kept.peers[:KNOWN_MAX]:
         try:

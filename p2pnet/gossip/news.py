@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections import OrderedDict
 
+from p2pnet.bounded import keep_latest
 from p2pnet.gossip.events import GossipConfig, Send, State
 from p2pnet.gossip.messages import Kinds
 from p2pnet.gossip.packing import Packer
@@ -42,7 +42,7 @@ class News:
         self._client = client
         self._pushed_at = -math.inf
         # How many adverts of each member may be told, and since when it is so.
-        self._allowed: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._allowed: dict[str, tuple[float, float]] = {}
         self.push_at: float | None = None  # when `push` is wanted
 
     def spread(self, statement: OpenAdvert | OpenAccusation, now: float) -> None:
@@ -58,12 +58,10 @@ class News:
         # what is not told now, the next exchange of digests brings.
         if isinstance(statement, OpenAccusation):
             return True
-        left, at = self._allowed.pop(statement.peer_id, (_BURST, now))
+        left, at = self._allowed.get(statement.peer_id, (_BURST, now))
         left = min(_BURST, left + _ADVERTS_A_S * (now - at))
         may = left >= 1.0
-        self._allowed[statement.peer_id] = (left - may, now)
-        if len(self._allowed) > _TOLD_MAX:
-            self._allowed.popitem(last=False)
+        keep_latest(self._allowed, statement.peer_id, (left - may, now), _TOLD_MAX)
         return may
 
     def push(self, now: float) -> list[Send]:

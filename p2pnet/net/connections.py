@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import trio
 
+from p2pnet.bounded import keep_latest
 from p2pnet.errors import UnreachableError
 from p2pnet.keys import short
 from p2pnet.net.network import ConnectionChange
@@ -101,7 +102,7 @@ class Connections:
         self._max = connections_max
         self._by_peer: dict[str, list[Connection]] = {}
         self._watchers: list[Callable[[ConnectionChange], None]] = []
-        self._addrs: OrderedDict[str, str] = OrderedDict()
+        self._addrs: dict[str, str] = {}
         self._offences: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -165,10 +166,7 @@ class Connections:
 
     def remember(self, peer_id: str, addr: str) -> None:
         """Where a peer was reached."""
-        self._addrs[peer_id] = addr
-        self._addrs.move_to_end(peer_id)
-        if len(self._addrs) > _ADDRS_REMEMBERED:
-            self._addrs.popitem(last=False)
+        keep_latest(self._addrs, peer_id, addr, _ADDRS_REMEMBERED)
 
     def remembered(self, peer_id: str) -> list[str]:
         """Where a peer was last reached, if that is known."""

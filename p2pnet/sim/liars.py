@@ -8,6 +8,7 @@ addresses are honest, what they say is not. Put in place of an honest node, e.g.
 from __future__ import annotations
 
 import heapq
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 from p2pnet.dht.keyspace import peer_position, position
@@ -16,7 +17,6 @@ from p2pnet.dht.wire import parse as parse_kad
 from p2pnet.dht.wire import serialise as serialise_kad
 from p2pnet.gossip.messages import Kinds, write_message
 from p2pnet.gossip.statements import OpenAdvert, Versions, build_accusation
-from p2pnet.keys import KeyPair, sha256
 from p2pnet.net.network import PeerInfo
 from p2pnet.sim.connections import Silence
 from p2pnet.sim.dht_node import PROTOCOL as KAD_PROTOCOL
@@ -25,7 +25,7 @@ from p2pnet.sim.gossip_node import PROTOCOL as GOSSIP_PROTOCOL
 from p2pnet.sim.machine import Machine
 
 
-class Liar:
+class Liar(ABC):
     """A program without a core. `announced`: what else it says that it speaks."""
 
     def __init__(self, machine: Machine, protocol: str, *announced: str) -> None:
@@ -40,18 +40,18 @@ class Liar:
         """Its own, which is real."""
         return self.machine.peer_id
 
-    def boot(self) -> None:
+    def boot(self) -> None:  # noqa: B027
         """See `Program`."""
 
-    def connected(self, peer_id: str, addr: str) -> None:
+    def connected(self, peer_id: str, addr: str) -> None:  # noqa: B027
         """See `Program`."""
 
-    def disconnected(self, peer_id: str) -> None:
+    def disconnected(self, peer_id: str) -> None:  # noqa: B027
         """See `Program`."""
 
+    @abstractmethod
     def serve(self, peer_id: str, payload: object) -> object:
         """See `Program`."""
-        raise NotImplementedError
 
     def size_bytes(self, payload: object) -> int:
         """See `Program`."""
@@ -75,9 +75,9 @@ class DhtLiar(Liar):
         answer = None if message.kind is Kind.ADD_PROVIDER else self.lie(peer_id, message)
         return serialise_kad(answer) if wired and isinstance(answer, Message) else answer
 
+    @abstractmethod
     def lie(self, peer_id: str, message: Message) -> Message | Silence:
         """The answer."""
-        raise NotImplementedError
 
     def announce(self, node: DhtNode) -> None:
         """Makes itself known to an honest node, as anybody may."""
@@ -95,7 +95,7 @@ class SilentPeer(DhtLiar):
 class LyingRouter(DhtLiar):
     """Answers in perfect form, and names peers of its choice: well-formed lies.
 
-    `names(key)`: whom it names, e.g. its accomplices, or `inventor`'s.
+    `names(key)`: whom it names, e.g. its accomplices (`nearest_of`).
     """
 
     def __init__(self, machine: Machine, names: Callable[[bytes], Sequence[PeerInfo]]) -> None:
@@ -108,37 +108,6 @@ class LyingRouter(DhtLiar):
         if message.kind is Kind.PUT_VALUE:  # acknowledges, and drops it
             return Message(message.kind, message.key, value=message.value, closer=closer)
         return Message(message.kind, message.key, closer=closer)
-
-
-class StaleHolder(DhtLiar):
-    """Routes honestly, but keeps the first value of a key and acknowledges every later one.
-
-    `withhold`: says that it holds nothing instead.
-    """
-
-    def __init__(
-        self,
-        machine: Machine,
-        names: Callable[[bytes], Sequence[PeerInfo]],
-        *,
-        withhold: bool = False,
-    ) -> None:
-        super().__init__(machine)
-        self._names = names
-        self._withhold = withhold
-        self._first: dict[bytes, bytes] = {}
-
-    def lie(self, peer_id: str, message: Message) -> Message | Silence:
-        """See `DhtLiar`."""
-        key, value = message.key, None
-        if message.kind is Kind.PUT_VALUE:
-            if message.value is not None:
-                self._first.setdefault(key, message.value)
-            value = message.value
-        elif message.kind is Kind.GET_VALUE and not self._withhold:
-            value = self._first.get(key)
-        closer = tuple(self._names(key))[:PEERS_MAX]
-        return Message(message.kind, key, value=value, closer=closer)
 
 
 class FalseAccuser(Liar):
@@ -184,22 +153,6 @@ class FalseAccuser(Liar):
             accusations=[accusation.raw],
         )
         self.tell(to, news)
-
-
-def inventor(seed: int, count: int = 256) -> Callable[[bytes], Sequence[PeerInfo]]:
-    """Names for `LyingRouter`: of peers that do not exist, at addresses where nobody is."""
-    keys = (KeyPair.from_seed(sha256(b"invented %d %d" % (seed, n))) for n in range(count))
-    return nearest_of(
-        [
-            PeerInfo(key.peer_id, (f"/ip4/9.{n >> 8}.{n & 255}.1/tcp/4001",))
-            for n, key in enumerate(keys)
-        ]
-    )
-
-
-def accomplices(liars: Sequence[Liar]) -> Callable[[bytes], Sequence[PeerInfo]]:
-    """Names for `LyingRouter`: the liars among themselves."""
-    return nearest_of([PeerInfo(liar.peer_id, (liar.machine.addr,)) for liar in liars])
 
 
 def nearest_of(peers: Sequence[PeerInfo]) -> Callable[[bytes], Sequence[PeerInfo]]:

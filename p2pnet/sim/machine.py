@@ -106,7 +106,6 @@ class Machine:
         self.lines: dict[str, Line] = {}  # connections, by the peer's id
         self.remembered: dict[str, str] = {}  # where peers were reached
         self.sent_bytes = 0
-        self.sent_messages = 0
         self._held: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         self._overdue: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         self.on_boot: list[Callable[[], None]] = []  # called at each restart, last

@@ -219,7 +219,6 @@ class Wire:
     # Counting
 
     def _count(self, sender: Machine, protocol: str, payload: Any) -> None:
-        sender.sent_messages += 1
         self.messages[protocol] = self.messages.get(protocol, 0) + 1
         if payload is None:
             return
