@@ -1,6 +1,6 @@
 """A shell: the p2p network as hosts and orchestrators on the gRPC thread see it.
 
-Implements `vnode.swarm.Swarm`. The view of the members is an immutable snapshot
+Implements `swarm.Swarm`. The view of the members is an immutable snapshot
 that the trio side replaces; only DHT calls cross over to trio.
 """
 
@@ -22,9 +22,9 @@ from p2pnet.gossip.statements import open_advert
 from p2pnet.keys import KeyPair, short
 from p2pnet.net.bridge import Bridge
 from p2pnet.net.dialer import Dialer, PeerContact
+from p2pnet.swarm import MemberView
 from p2pnet.v1 import common_pb2, records_pb2
 from p2pnet.vnode import transfer
-from p2pnet.vnode.swarm import MemberView
 
 ReplyT = TypeVar("ReplyT", bound=Message)
 

@@ -32,6 +32,8 @@ RECORD = b"p2pnet/v1/record"
 ACCEPTANCE = b"p2pnet/v1/acceptance"
 MANIFEST = b"p2pnet/v1/manifest"
 LOG_ENTRY = b"p2pnet/v1/log-entry"
+CANCELLATION = b"p2pnet/v1/cancellation"
+SERVICE = b"p2pnet/v1/service"
 SESSION = b"p2pnet/v1/session"
 
 

@@ -42,6 +42,7 @@ from p2pnet.gossip.known import Known
 from p2pnet.gossip.shell import Gossip
 from p2pnet.joining import Joining
 from p2pnet.keys import KeyPair, short
+from p2pnet.log.keeper_shell import KeeperService
 from p2pnet.net import identity
 from p2pnet.net.bridge import Bridge, open_bridge
 from p2pnet.net.dialer import TcpDialer
@@ -49,7 +50,6 @@ from p2pnet.net.libp2p import Libp2pNetwork, open_network
 from p2pnet.net.multiaddr import parse
 from p2pnet.net.rpc_server import RpcServer
 from p2pnet.net.tls import load_or_create_certificate
-from p2pnet.orchestrator.keeper_shell import KeeperService
 from p2pnet.orchestrator.shell import Orchestrator
 from p2pnet.remembered import Remembered
 from p2pnet.rendezvous import Rendezvous

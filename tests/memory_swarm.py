@@ -29,15 +29,15 @@ from p2pnet.dht.records import OpenRecord, open_record
 from p2pnet.errors import RefusedError, UnreachableError
 from p2pnet.gossip.statements import open_advert
 from p2pnet.keys import KeyPair
-from p2pnet.orchestrator.keeper_shell import KeeperService
-from p2pnet.orchestrator.log import History, parse_entry
+from p2pnet.log.history import History, parse_entry
+from p2pnet.log.keeper_shell import KeeperService
 from p2pnet.orchestrator.shell import Orchestrator
+from p2pnet.swarm import MemberView
 from p2pnet.v1 import common_pb2, gossip_pb2, log_pb2, records_pb2
 from p2pnet.vnode import transfer
 from p2pnet.vnode.blobs import BlobKeeper
 from p2pnet.vnode.faults import Faults
 from p2pnet.vnode.shell import Host
-from p2pnet.vnode.swarm import MemberView
 
 M = TypeVar("M", bound=Message)
 
@@ -47,7 +47,7 @@ SEED = 1
 
 
 class Node(Endpoint):
-    """One node; implements `p2pnet.vnode.swarm.Swarm`."""
+    """One node; implements `p2pnet.swarm.Swarm`."""
 
     def __init__(
         self, world: MemorySwarm, name: str, *, lent_bytes: int, says_bytes: int, hosting: bool

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from p2pnet import keys
 from p2pnet.dht.canonical import parse_canonical
 from p2pnet.errors import ForgedError, MalformedError
@@ -11,11 +13,18 @@ MANIFEST_BYTES_MAX = 8 << 10
 NAME_CHARS_MAX = 64
 ORCHESTRATORS_MAX = 64
 _NONCE_BYTES_MAX = 64
+_NETWORK_ID = re.compile(r"[0-9a-f]{32}")
 
 
 def network_id_of(signed_manifest: common_pb2.Signed) -> str:
     """A network's id: the first 16 bytes of the SHA-256 of the manifest's payload, as hex."""
     return keys.sha256(signed_manifest.payload)[:16].hex()
+
+
+def check_network_id(network_id: str) -> None:
+    """Raises MalformedError for anything but 32 hexadecimal digits."""
+    if not _NETWORK_ID.fullmatch(network_id):
+        raise MalformedError(f"{network_id[:64]!r} is not a network id: it is 32 hex digits")
 
 
 def open_manifest(signed: common_pb2.Signed) -> records_pb2.Manifest:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from p2pnet.core import Tick
 from p2pnet.errors import P2PNetError, RefusedError, RemoteError, UnreachableError, UsageError
 from p2pnet.keys import short
+from p2pnet.log.shell import NetworkLog
 from p2pnet.orchestrator.cuts import Cuts
 from p2pnet.orchestrator.hosts import Hosts, by_host
 from p2pnet.orchestrator.ledger import (
@@ -28,14 +29,13 @@ from p2pnet.orchestrator.ledger import (
     Stalled,
     StepLedger,
 )
-from p2pnet.orchestrator.network_log import NetworkLog
 from p2pnet.orchestrator.placement import place
 from p2pnet.orchestrator.publish import Publisher
+from p2pnet.swarm import Swarm
 from p2pnet.tasks import TaskSet
 from p2pnet.v1 import common_pb2, orchestrator_pb2, pnode_pb2
 from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.network import BATCH_SAMPLES
-from p2pnet.vnode.swarm import Swarm
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from collections.abc import Awaitable, Mapping, Sequence
 
 from p2pnet.errors import RefusedError
 from p2pnet.keys import short
+from p2pnet.log.shell import NetworkLog
 from p2pnet.orchestrator.hosts import Hosts, by_host
-from p2pnet.orchestrator.network_log import NetworkLog
+from p2pnet.swarm import Swarm
 from p2pnet.v1 import common_pb2, vnode_pb2
 from p2pnet.vnode.graph import CompiledGraph
-from p2pnet.vnode.swarm import Swarm
 
 SAVE_TIMEOUT_S = 30.0
 RETAIN_TIMEOUT_S = 2.0

@@ -10,8 +10,8 @@ from p2pnet.errors import RefusedError, RemoteError
 from p2pnet.keys import ACCEPTANCE, short, verify
 from p2pnet.net.channel import parse
 from p2pnet.orchestrator.placement import HostView
+from p2pnet.swarm import Swarm
 from p2pnet.v1 import common_pb2, pnode_pb2, records_pb2
-from p2pnet.vnode.swarm import Swarm
 
 logger = logging.getLogger(__name__)
 

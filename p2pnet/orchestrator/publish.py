@@ -10,8 +10,8 @@ from p2pnet.clock import wall_ms
 from p2pnet.dht.keyspace import name_key, network_key, vnode_key
 from p2pnet.dht.records import make_record, next_sequence
 from p2pnet.errors import P2PNetError
+from p2pnet.swarm import Swarm
 from p2pnet.v1 import common_pb2, records_pb2
-from p2pnet.vnode.swarm import Swarm
 
 logger = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from p2pnet.dht.manifest import grants, network_id_of, open_manifest
 from p2pnet.errors import P2PNetError, RefusedError
 from p2pnet.keys import sha256, short
+from p2pnet.log.shell import open_log
 from p2pnet.net.handlers import Caller, Method, bidi, unary
 from p2pnet.orchestrator.conductor import Conductor
-from p2pnet.orchestrator.network_log import open_log
+from p2pnet.swarm import Swarm
 from p2pnet.v1 import common_pb2
 from p2pnet.v1 import orchestrator_pb2 as pb
 from p2pnet.vnode.graph import CompiledGraph
-from p2pnet.vnode.swarm import Swarm
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Se
 
 from p2pnet import clock
 from p2pnet.data.blobs import BlobStore, NoRoomError, open_state
+from p2pnet.dht.manifest import check_network_id
 from p2pnet.errors import NotFoundError, RemoteError, ResourceError, UnreachableError
 from p2pnet.keys import sha256, short
 from p2pnet.net.handlers import Caller, Method, client_stream, server_stream, unary
+from p2pnet.swarm import Swarm
 from p2pnet.v1 import common_pb2, vnode_pb2
 from p2pnet.vnode.blob_ages import BlobAges
-from p2pnet.vnode.network import check_network_id, refusal
-from p2pnet.vnode.swarm import Swarm
+from p2pnet.vnode.network import refusal
 
 logger = logging.getLogger(__name__)
 

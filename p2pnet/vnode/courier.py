@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable
 
 from p2pnet.errors import P2PNetError, RemoteError
 from p2pnet.keys import short
+from p2pnet.swarm import Swarm
 from p2pnet.v1 import common_pb2, vnode_pb2
 from p2pnet.vnode.network import HostedNetwork
-from p2pnet.vnode.swarm import Swarm
 
 logger = logging.getLogger(__name__)
 

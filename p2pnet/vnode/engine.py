@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from p2pnet.errors import ForgedError, ResourceError
+from p2pnet.swarm import Swarm
 from p2pnet.v1 import common_pb2, vnode_pb2
 from p2pnet.vnode.courier import Courier
 from p2pnet.vnode.executor import ComputeThread
@@ -13,7 +14,6 @@ from p2pnet.vnode.hosted import HostedComponent
 from p2pnet.vnode.inference import Inference
 from p2pnet.vnode.messages import Event
 from p2pnet.vnode.network import HostedNetwork, refusal
-from p2pnet.vnode.swarm import Swarm
 from p2pnet.vnode.tensors import encode
 from p2pnet.vnode.trainee import Surroundings, Trainee
 

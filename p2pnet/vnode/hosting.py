@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from p2pnet.dht.manifest import grants, network_id_of, open_manifest
 from p2pnet.errors import P2PNetError
 from p2pnet.keys import sha256, short
+from p2pnet.swarm import Swarm
 from p2pnet.tasks import TaskSet
 from p2pnet.v1 import common_pb2, pnode_pb2
 from p2pnet.vnode.courier import LOOKUP_TIMEOUT_S
 from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.network import BATCH_SAMPLES, HostedNetwork, refusal
-from p2pnet.vnode.swarm import Swarm
 
 if TYPE_CHECKING:
     from p2pnet.vnode.trainee import Trainee

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
-from p2pnet.errors import MalformedError
 from p2pnet.v1 import common_pb2
 from p2pnet.vnode.graph import CompiledGraph
 
@@ -13,8 +11,6 @@ from p2pnet.vnode.graph import CompiledGraph
 # this many take, and a tensor with more is refused, so that the one covers the other.
 BATCH_SAMPLES = 1024
 REASON_CHARS_MAX = 200
-
-_NETWORK_ID = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(slots=True)
@@ -34,12 +30,6 @@ class HostedNetwork:
     base_step: int  # the cut that the epoch starts from
     state_url: str
     locations: dict[str, str] = field(default_factory=dict)
-
-
-def check_network_id(network_id: str) -> None:
-    """Raises MalformedError for anything but 32 hexadecimal digits."""
-    if not _NETWORK_ID.fullmatch(network_id):
-        raise MalformedError(f"{network_id[:64]!r} is not a network id: it is 32 hex digits")
 
 
 def clip(reason: str) -> str:

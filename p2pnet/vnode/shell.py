@@ -15,6 +15,7 @@ from p2pnet.dht.keyspace import vnode_key
 from p2pnet.errors import MalformedError, P2PNetError, RefusedError, RemoteError
 from p2pnet.keys import ACCEPTANCE
 from p2pnet.net.handlers import Caller, Method, unary
+from p2pnet.swarm import Swarm
 from p2pnet.tasks import TaskSet
 from p2pnet.v1 import common_pb2, pnode_pb2, records_pb2, vnode_pb2
 from p2pnet.vnode.blobs import BlobKeeper
@@ -23,7 +24,6 @@ from p2pnet.vnode.faults import Faults
 from p2pnet.vnode.hosting import Hosting, Usage
 from p2pnet.vnode.messages import Event
 from p2pnet.vnode.network import HostedNetwork, refusal
-from p2pnet.vnode.swarm import Swarm
 
 if TYPE_CHECKING:
     from p2pnet.vnode.engine import Engine

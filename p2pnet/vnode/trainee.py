@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from p2pnet.errors import MalformedError, P2PNetError, RefusedError
+from p2pnet.swarm import Swarm
 from p2pnet.tasks import TaskSet
 from p2pnet.v1 import common_pb2, orchestrator_pb2, vnode_pb2
 from p2pnet.vnode.courier import Courier, EpochOver, HopFailed
@@ -43,7 +44,6 @@ from p2pnet.vnode.messages import (
 )
 from p2pnet.vnode.network import HostedNetwork, clip, refusal
 from p2pnet.vnode.step import StepCore
-from p2pnet.vnode.swarm import Swarm
 from p2pnet.vnode.tensors import Array, digest_of, encode
 
 logger = logging.getLogger(__name__)

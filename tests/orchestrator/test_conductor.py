@@ -22,9 +22,9 @@ from p2pnet.client.run import TrainingRun
 from p2pnet.client.session import NetworkInfo
 from p2pnet.errors import RefusedError, UnreachableError, UsageError
 from p2pnet.keys import MANIFEST
-from p2pnet.orchestrator.directory_log import DirectoryLog
-from p2pnet.orchestrator.log import History
-from p2pnet.orchestrator.network_log import LogOnPeers
+from p2pnet.log.directory import DirectoryLog
+from p2pnet.log.history import History
+from p2pnet.log.shell import LogOnPeers
 from p2pnet.v1 import common_pb2, log_pb2, orchestrator_pb2, records_pb2, vnode_pb2
 from p2pnet.vnode.network import BATCH_SAMPLES
 

@@ -17,9 +17,9 @@ from virtual_time import play
 from p2pnet.client.run import TrainingRun
 from p2pnet.dht.manifest import network_id_of
 from p2pnet.errors import RefusedError, RemoteError, UnreachableError
+from p2pnet.log.shell import NetworkLog, open_log
 from p2pnet.orchestrator.cuts import BLOB_COPIES, Cuts
 from p2pnet.orchestrator.hosts import Hosts
-from p2pnet.orchestrator.network_log import NetworkLog, open_log
 from p2pnet.v1 import common_pb2, vnode_pb2
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from p2pnet import clock
 from p2pnet.errors import LocalError, ResourceError
+from p2pnet.log.keeper import Accept, Event, Keeper, Learn, Persist, Prepare, Read, Reply
 from p2pnet.net.handlers import Caller, Method, unary
-from p2pnet.orchestrator.keeper import Accept, Event, Keeper, Learn, Persist, Prepare, Read, Reply
 from p2pnet.v1 import log_pb2
 
 _FILE_BYTES_MAX = 8 << 20

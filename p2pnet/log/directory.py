@@ -17,8 +17,9 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from p2pnet import keys
+from p2pnet.dht.manifest import check_network_id
 from p2pnet.errors import LocalError, RemoteError, ResourceError
-from p2pnet.orchestrator.log import ENTRY_BYTES_MAX, check_network_id, parse_entry
+from p2pnet.log.history import ENTRY_BYTES_MAX, parse_entry
 from p2pnet.v1 import common_pb2
 
 SLOT_MAX = 99_999_999

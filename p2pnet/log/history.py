@@ -14,11 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from google.protobuf.message import DecodeError
 
 from p2pnet import keys
-from p2pnet.dht.manifest import grants, network_id_of, open_manifest
+from p2pnet.dht.manifest import check_network_id, grants, network_id_of, open_manifest
 from p2pnet.errors import ForgedError, MalformedError
 from p2pnet.keys import KeyPair, sha256
 from p2pnet.v1 import common_pb2, log_pb2
-from p2pnet.vnode.network import check_network_id as check_network_id
 
 ENTRY_BYTES_MAX = 4 << 20
 KEEPERS_MAX = 9

@@ -12,10 +12,10 @@ from log_helpers import NETWORK, OPEN, key
 from virtual_time import play
 
 from p2pnet.errors import LocalError, ResourceError
+from p2pnet.log import keeper_shell
+from p2pnet.log.history import History, new_claim
+from p2pnet.log.keeper_shell import KeeperService
 from p2pnet.net.handlers import Caller
-from p2pnet.orchestrator import keeper_shell
-from p2pnet.orchestrator.keeper_shell import KeeperService
-from p2pnet.orchestrator.log import History, new_claim
 from p2pnet.v1 import common_pb2, log_pb2
 
 ME, ONE, TWO = key(1), key(2), key(3)

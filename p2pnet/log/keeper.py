@@ -19,12 +19,12 @@ from typing import Self
 from google.protobuf.message import DecodeError
 
 from p2pnet.core import Tick
+from p2pnet.dht.manifest import check_network_id
 from p2pnet.errors import ForgedError, LocalError, MalformedError, RefusedError, RemoteError
-from p2pnet.orchestrator.log import (
+from p2pnet.log.history import (
     Grants,
     History,
     check_entry,
-    check_network_id,
     manifest_grants,
     parse_entry,
 )

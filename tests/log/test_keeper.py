@@ -12,8 +12,9 @@ import pytest
 from p2pnet.core import Tick
 from p2pnet.errors import ForgedError, LocalError, MalformedError, RefusedError, RemoteError
 from p2pnet.keys import KeyPair
-from p2pnet.orchestrator import keeper as keeper_module
-from p2pnet.orchestrator.keeper import (
+from p2pnet.log import keeper as keeper_module
+from p2pnet.log.history import History, new_claim, new_commit, parse_entry
+from p2pnet.log.keeper import (
     Accept,
     Effect,
     Event,
@@ -25,8 +26,7 @@ from p2pnet.orchestrator.keeper import (
     Reply,
     to_key,
 )
-from p2pnet.orchestrator.log import History, new_claim, new_commit, parse_entry
-from p2pnet.orchestrator.proposer import (
+from p2pnet.log.proposer import (
     Answered,
     Begin,
     Decided,
@@ -354,7 +354,7 @@ def test_an_entry_that_could_not_count_is_not_even_tried() -> None:
 def test_a_long_history_travels_in_bounded_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     history = given.claimed(A, keepers=(K1,), commits=30)
     one = len(history.entries[1].payload)
-    monkeypatch.setattr("p2pnet.orchestrator.proposer.LEARN_BYTES_MAX", 5 * one)
+    monkeypatch.setattr("p2pnet.log.proposer.LEARN_BYTES_MAX", 5 * one)
     lessons = learn_requests(given.NETWORK, history.entries)
     assert len(lessons) >= 6
     assert [entry for lesson in lessons for entry in lesson.entries] == history.entries

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from p2pnet.core import Tick
 from p2pnet.errors import RemoteError
 from p2pnet.keys import short
-from p2pnet.orchestrator.keeper import ROUND_MAX, BallotKey, to_ballot, to_key
-from p2pnet.orchestrator.log import History, check_entry, parse_entry
+from p2pnet.log.history import History, check_entry, parse_entry
+from p2pnet.log.keeper import ROUND_MAX, BallotKey, to_ballot, to_key
 from p2pnet.v1 import common_pb2, log_pb2
 
 ROUND_TIMEOUT_S = 2.0

@@ -10,8 +10,8 @@ import log_helpers as given
 import pytest
 
 from p2pnet.errors import LocalError, MalformedError, ResourceError
-from p2pnet.orchestrator.directory_log import DirectoryLog
-from p2pnet.orchestrator.log import History, new_claim
+from p2pnet.log.directory import DirectoryLog
+from p2pnet.log.history import History, new_claim
 
 A = given.key(1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from p2pnet import keys
 from p2pnet.keys import KeyPair, sha256
-from p2pnet.orchestrator.log import History, new_claim, new_commit
+from p2pnet.log.history import History, new_claim, new_commit
 from p2pnet.v1 import common_pb2, log_pb2, records_pb2
 
 

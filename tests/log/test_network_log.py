@@ -14,9 +14,9 @@ from virtual_time import play
 from p2pnet.dht.manifest import network_id_of
 from p2pnet.errors import LocalError, RefusedError, RemoteError, UnreachableError
 from p2pnet.keys import MANIFEST
-from p2pnet.orchestrator.directory_log import DirectoryLog
-from p2pnet.orchestrator.log import History
-from p2pnet.orchestrator.network_log import (
+from p2pnet.log.directory import DirectoryLog
+from p2pnet.log.history import History
+from p2pnet.log.shell import (
     KEEPERS,
     LogInDirectory,
     LogOnPeers,

@@ -7,7 +7,7 @@ import pytest
 
 from p2pnet import keys
 from p2pnet.errors import ForgedError, MalformedError
-from p2pnet.orchestrator.log import (
+from p2pnet.log.history import (
     History,
     check_entry,
     manifest_grants,

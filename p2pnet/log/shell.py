@@ -14,9 +14,9 @@ from p2pnet.data.blobs import path_of
 from p2pnet.dht.keyspace import network_key, peer_position, position
 from p2pnet.errors import LocalError, P2PNetError, RefusedError, RemoteError, UnreachableError
 from p2pnet.keys import short
-from p2pnet.orchestrator.directory_log import DirectoryLog
-from p2pnet.orchestrator.log import History, new_claim, new_commit, parse_entry
-from p2pnet.orchestrator.proposer import (
+from p2pnet.log.directory import DirectoryLog
+from p2pnet.log.history import History, new_claim, new_commit, parse_entry
+from p2pnet.log.proposer import (
     Answered,
     Begin,
     Decided,
@@ -27,9 +27,9 @@ from p2pnet.orchestrator.proposer import (
     Request,
     Send,
 )
+from p2pnet.swarm import Swarm
 from p2pnet.tasks import TaskSet
 from p2pnet.v1 import common_pb2, log_pb2
-from p2pnet.vnode.swarm import Swarm
 
 logger = logging.getLogger(__name__)
 
