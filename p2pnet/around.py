@@ -16,12 +16,13 @@ from p2pnet.dht.keyspace import vnode_key
 from p2pnet.dht.shell import Dht
 from p2pnet.errors import ForgedError, UnreachableError
 from p2pnet.events import EventBus
-from p2pnet.gossip.events import Member
+from p2pnet.gossip.events import Member, State
 from p2pnet.gossip.shell import Gossip
 from p2pnet.gossip.statements import open_advert
 from p2pnet.keys import KeyPair, short
 from p2pnet.net.bridge import Bridge
 from p2pnet.net.dialer import Dialer, PeerContact
+from p2pnet.net.groups import ip_group
 from p2pnet.swarm import MemberView
 from p2pnet.v1 import common_pb2, records_pb2
 from p2pnet.vnode import transfer
@@ -63,7 +64,7 @@ class Around:
             for member in members
             if member.state.live
         }
-        self._members = tuple(_view(member) for member in members)
+        self._members = tuple(view_of(member) for member in members)
         us = (m.advert.signed for m in members if m.peer_id == self._keypair.peer_id)
         self._advert = next(us, None)
 
@@ -159,7 +160,8 @@ class Around:
         return contact
 
 
-def _view(member: Member) -> MemberView:
+def view_of(member: Member) -> MemberView:
+    """A member as those who place see it: what its own advert says, so that all see the same."""
     lent = member.advert.capabilities
     return MemberView(
         peer_id=member.peer_id,
@@ -171,4 +173,7 @@ def _view(member: Member) -> MemberView:
         memory_used_bytes=lent.memory_used_bytes,
         gflops=lent.matmul_gflops,
         vnodes=lent.vnodes,
+        ip_group=ip_group(member.peer_id, next(iter(member.advert.addrs), "")),
+        coordinate=member.advert.coordinate,
+        suspect=member.state is State.SUSPECT,
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import functools
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,18 +12,37 @@ from typing import Any, TypeVar
 
 import trio
 
+from p2pnet.around import view_of
 from p2pnet.dht.keyspace import cid_of, name_key, network_key, vnode_key
+from p2pnet.dht.manifest import check_network_id
 from p2pnet.dht.records import OpenRecord
+from p2pnet.dht.service import Service
 from p2pnet.dht.shell import Dht
-from p2pnet.errors import RemoteError, UnreachableError
+from p2pnet.draining import Draining
+from p2pnet.errors import (
+    MalformedError,
+    NotFoundError,
+    RemoteError,
+    ResourceError,
+    UnreachableError,
+)
 from p2pnet.events import EventBus
 from p2pnet.gossip.shell import Gossip
+from p2pnet.log.shell import open_log
 from p2pnet.net.bridge import Bridge
 from p2pnet.net.handlers import Caller, Method, server_stream, unary
 from p2pnet.net.network import PeerInfo
+from p2pnet.orchestrator.plan import plan_json
+from p2pnet.service import Scope
+from p2pnet.service_file import to_json
+from p2pnet.swarm import MemberView, Swarm
+from p2pnet.tracing import Tracing
+from p2pnet.units import format_size
 from p2pnet.v1 import control_pb2 as pb
 from p2pnet.v1 import records_pb2
 from p2pnet.vnode.faults import Faults
+from p2pnet.vnode.graph import from_json
+from p2pnet.vnode.network import BATCH_SAMPLES
 from p2pnet.vnode.shell import Host
 
 SETTLE_S_MAX = 10.0
@@ -28,10 +50,13 @@ TRIES = 3
 RETRY_S = 1.0
 DHT_TIMEOUT_S = 10.0
 GET_TIMEOUT_S = 25.0
+LOG_BYTES_MAX = 60 << 20
 KEYS_MAX = 16  # asked for in one call
 _CROSSING_S = 20.0
 EVENTS_TIMEOUT_S = 24 * 3600.0
 BREAK_TIMEOUT_S = 600.0
+DRAIN_TIMEOUT_S = 60.0
+PLAN_TIMEOUT_S = 60.0
 
 T = TypeVar("T")
 
@@ -58,11 +83,15 @@ class Control:
     events: EventBus
     faults: Faults
     host: Host
+    scope: Scope
+    tracing: Tracing
+    swarm: Swarm
     progress: Progress
     settled: Callable[[], trio.Event]
     refresh: Callable[[], None]  # tells the DHT again who is here
     lost: Callable[[], bool]  # a client that has found nobody
     leave: Callable[[], None]
+    draining: Draining
 
     def services(self) -> dict[str, Mapping[str, Method]]:
         """What gRPC serves."""
@@ -78,6 +107,13 @@ class Control:
                 self._find_providers, pb.FindProvidersRequest, pb.FindProvidersReply
             ),
             "DhtStats": unary(self._dht_stats, pb.DhtStatsRequest, pb.DhtStatsReply),
+            "Service": unary(self._service, pb.ServiceRequest, pb.ServiceReply),
+            "Plan": unary(self._plan, pb.PlanRequest, pb.PlanReply, timeout_s=PLAN_TIMEOUT_S),
+            "ReadLog": unary(self._read_log, pb.LogRequest, pb.LogReply),
+            "Trace": unary(self._trace, pb.TraceRequest, pb.TraceReply),
+            "Drain": unary(
+                self._drain, pb.DrainRequest, pb.DrainReply, timeout_s=DRAIN_TIMEOUT_S
+            ),
             "Leave": unary(self._leave, pb.LeaveRequest, pb.LeaveReply),
             "Events": server_stream(
                 self._events, pb.EventsRequest, pb.EventReply, timeout_s=EVENTS_TIMEOUT_S
@@ -224,13 +260,7 @@ class Control:
         raise UnreachableError("the DHT does not answer in time: ask again in a moment")
 
     async def _try_to_ask(self, ask: Callable[[], Awaitable[T]]) -> T:
-        with trio.move_on_after(SETTLE_S_MAX):
-            await self.settled().wait()
-        if self.lost():
-            raise UnreachableError(
-                f"none of the {self.progress.wanted} bootstrap peers can be reached: check the "
-                "list, and that the network is up"
-            )
+        await self._settle()
         for _ in range(TRIES - 1):
             try:
                 return await ask()
@@ -239,6 +269,40 @@ class Control:
                 self.refresh()
         return await ask()
 
+    async def _service(self, request: pb.ServiceRequest, caller: Caller) -> pb.ServiceReply:
+        if not request.HasField("publish"):
+            return pb.ServiceReply(json=json.dumps(self.scope.describe()))
+        published: Service = await self._on_trio(self._publish, request.publish)
+        return pb.ServiceReply(json=json.dumps(to_json(published)))
+
+    async def _publish(self, signed: records_pb2.SignedService) -> Service:
+        return await self._ask_dht(lambda: self.scope.publish(signed))
+
+    async def _drain(self, request: pb.DrainRequest, caller: Caller) -> pb.DrainReply:
+        return pb.DrainReply(json=json.dumps(dataclasses.asdict(await self.draining.drain())))
+
+    async def _plan(self, request: pb.PlanRequest, caller: Caller) -> pb.PlanReply:
+        graph = from_json(request.graph)
+        if not 1 <= request.batch_size <= BATCH_SAMPLES:
+            raise MalformedError(f"a batch has 1 to {BATCH_SAMPLES} samples")
+        plan = functools.partial(plan_json, batch_size=request.batch_size, reserved=BATCH_SAMPLES)
+        members = await self._on_trio(self._views)
+        found = await asyncio.to_thread(plan, graph, members)  # may take seconds
+        return pb.PlanReply(json=json.dumps(found))
+
+    async def _views(self) -> list[MemberView]:
+        await self._settle()
+        return [view_of(member) for member in self.gossip.members()]
+
+    async def _settle(self) -> None:
+        with trio.move_on_after(SETTLE_S_MAX):
+            await self.settled().wait()
+        if self.lost():
+            raise UnreachableError(
+                f"none of the {self.progress.wanted} bootstrap peers can be reached: check the "
+                "list, and that the network is up"
+            )
+
     async def _leave(self, request: pb.LeaveRequest, caller: Caller) -> pb.LeaveReply:
         self.leave()
         return pb.LeaveReply()
@@ -246,9 +310,43 @@ class Control:
     async def _events(
         self, request: pb.EventsRequest, caller: Caller
     ) -> AsyncGenerator[pb.EventReply, None]:
-        yield pb.EventReply(json=json.dumps({"event": "following"}))
-        async for line in self.events.follow():
-            yield pb.EventReply(json=line)
+        if request.follow:
+            async for line in self.events.follow(request.since):
+                yield pb.EventReply(json=line)
+        else:
+            for kept in self.events.kept(request.since):
+                yield pb.EventReply(json=kept.line)
+
+    async def _read_log(self, request: pb.LogRequest, caller: Caller) -> pb.LogReply:
+        check_network_id(request.network_id)
+        records = await self._on_trio(self._get, network_key(request.network_id))
+        for record in records:
+            if isinstance(record.content, records_pb2.NetworkRecord):
+                break
+        else:
+            raise NotFoundError(
+                f"the DHT does not say where the log of network {request.network_id} is: a "
+                "network's records run out some time after its last orchestrator has gone"
+            )
+        log = open_log(
+            self.swarm,
+            request.network_id,
+            record.content.manifest,
+            keepers=record.content.keepers,
+        )
+        try:
+            reply = pb.LogReply(entries=await log.read())
+        finally:
+            await log.close()
+        if reply.ByteSize() > LOG_BYTES_MAX:
+            raise ResourceError(
+                f"the log has {format_size(reply.ByteSize())}, more than can be shown"
+            )
+        return reply
+
+    async def _trace(self, request: pb.TraceRequest, caller: Caller) -> pb.TraceReply:
+        check_network_id(request.network_id)
+        return await self.tracing.gather(request.network_id)
 
     async def _break(self, request: pb.BreakRequest, caller: Caller) -> pb.BreakReply:
         if request.point == "forget-locations" and self.faults.enabled:

@@ -9,7 +9,11 @@ peers          members met before, as their own signed adverts: to start from
 records        what the DHT's other peers left here: records, marks, hints
 peers.json     where there is no `peers` yet: what an older version remembered
 blobs/         states of VNodes, by content
+events.jsonl   what happened here; events.jsonl.1: before that
 keeper/        this node's part in other networks' logs
+hosting/       whose claims on networks this node has followed, a file a network
+services/      the newest manifest of each service that this node was told to serve
+governor       the key of a governor of a service, mode 0600, where its user is one
 """
 
 from __future__ import annotations

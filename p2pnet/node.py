@@ -17,7 +17,7 @@ import asyncio
 import logging
 import random
 import secrets
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from p2pnet.data.blobs import BlobStore
 from p2pnet.datadir import DataDir
 from p2pnet.dht.shell import Dht
 from p2pnet.dht.wire import KAD_PROTOCOL
+from p2pnet.draining import Draining
 from p2pnet.errors import P2PNetError
 from p2pnet.events import EventBus
 from p2pnet.gossip.capabilities import Capabilities
@@ -51,8 +52,12 @@ from p2pnet.net.multiaddr import parse
 from p2pnet.net.rpc_server import RpcServer
 from p2pnet.net.tls import load_or_create_certificate
 from p2pnet.orchestrator.shell import Orchestrator
+from p2pnet.orchestrator.sightings import sightings_of
 from p2pnet.remembered import Remembered
 from p2pnet.rendezvous import Rendezvous
+from p2pnet.service import Scope
+from p2pnet.service_file import Pin
+from p2pnet.tracing import Tracing
 from p2pnet.v1 import orchestrator_pb2
 from p2pnet.vnode.blobs import BLOBS_BYTES_MAX, BlobKeeper
 from p2pnet.vnode.executor import ComputeThread
@@ -63,7 +68,7 @@ logger = logging.getLogger(__name__)
 
 ADVERTISE_EVERY_S = 1.0
 AROUND_EVERY_S = 0.1
-DRAIN_TIMEOUT_S = 15.0
+DRAIN_TIMEOUT_S = 30.0
 GOODBYE_TIMEOUT_S = 2.0
 STOP_TIMEOUT_S = 5.0
 GRACE_S = 0.5
@@ -90,6 +95,8 @@ class NodeConfig:
     """Another one lets stock libp2p peers share the DHT."""
     state_url: str = ""
     """Where the networks that this node orchestrates keep log and states; "": on peers."""
+    service: Pin | None = None
+    """The one service whose networks it takes part in; None: any network."""
     faults: bool = False
     """Whether faults may be injected through the control socket."""
 
@@ -109,6 +116,8 @@ class NodeInfo:
     data_dir: str
     socket: Path
     starts_new_network: bool
+    service: Mapping[str, Any] | None
+    """The one service that it serves, as far as it knows it; None: open to any network."""
 
 
 @dataclass(slots=True)
@@ -122,6 +131,7 @@ class _Parts:
     around: Around
     bridge: Bridge
     capabilities: Capabilities
+    events: EventBus
     members_changed: trio.Event = field(default_factory=trio.Event)
 
 
@@ -143,10 +153,13 @@ async def run_node(
         capabilities = await _capabilities(config)
         network = await stack.enter_async_context(open_network(keypair, listen=config.listen))
         bridge = await stack.enter_async_context(open_bridge())
-        events = EventBus()
+        # A short-lived client tells nobody what happens in it.
+        events = EventBus(None if config.client else data.path / "events.jsonl")
+        stack.callback(events.close)
         rng = random.Random(secrets.token_bytes(32))  # nobody shall foretell whom we ask
         dht = Dht(network, rng=rng, server=not config.client, protocol=config.kad_protocol)
-        dialer = TcpDialer(keypair)
+        scope = Scope(data.path / "services", config.service, dht, keypair, events, rng=rng)
+        dialer = TcpDialer(keypair, causality=events.causality)
         around = Around(keypair, dialer, dht, lambda: gossip, bridge, events)
         compute = ComputeThread(threads=1)
         stack.callback(compute.close)
@@ -160,9 +173,19 @@ async def run_node(
             memory_bytes=capabilities.memory_bytes,
             hosting=not config.client,
             state_url=config.state_url,
+            directory=data.path / "hosting",
+            serves=scope.serves,
+            service=lambda: str((scope.describe() or {"id": ""})["id"]),
         )
-        orchestrator = Orchestrator(around, config.state_url)
-        keeper = KeeperService(keypair.peer_id, data.path / "keeper")
+        keeper = KeeperService(keypair, data.path / "keeper")
+        orchestrator = Orchestrator(
+            around,
+            config.state_url,
+            sightings=lambda: sightings_of(keeper, host),
+            serves=scope.serves,
+        )
+
+        tracing = Tracing(around, events)
 
         servers: list[RpcServer] = []
 
@@ -176,11 +199,12 @@ async def run_node(
         stack.push_async_callback(_shielded, bridge, stop_asyncio)
 
         async def start_server() -> str:
-            server = RpcServer(certificate)
+            server = RpcServer(certificate, causality=events.causality)
             servers.append(server)
-            for part in (host, blobs, orchestrator, keeper):
+            for part in (host, blobs, orchestrator, keeper, tracing):
                 for service, methods in part.services().items():
                     server.add(service, methods)
+            orchestrator.start()
             ip = parse(config.listen[0]).host
             address = f"[{ip}]" if ":" in ip else ip
             return await server.start(f"{address}:{config.grpc_port}")
@@ -209,12 +233,18 @@ async def run_node(
         )
         joining = Joining(network, gossip, dht, rendezvous, rng=rng, client=config.client)
         remembered = Remembered(data.path, keypair.peer_id, gossip, dht, rng=rng)
-        parts = _Parts(config, data, network, gossip, around, bridge, capabilities)
+        parts = _Parts(config, data, network, gossip, around, bridge, capabilities, events)
+
+        token = trio.lowlevel.current_trio_token()
 
         def leave() -> None:
             token.run_sync_soon(stop.set)
 
-        token = trio.lowlevel.current_trio_token()
+        def stop_hosting() -> None:
+            hosts_nothing = replace(parts.capabilities, hosting=False)
+            token.run_sync_soon(_describe, parts, hosts_nothing)
+
+        draining = Draining(around, host, orchestrator, stop_hosting)
         socket = data.new_socket()
         control = Control(
             peer_id=keypair.peer_id,
@@ -227,11 +257,15 @@ async def run_node(
             events=events,
             faults=faults,
             host=host,
+            scope=scope,
+            tracing=tracing,
+            swarm=around,
             progress=joining.progress,
             settled=lambda: joining.tried,
             refresh=joining.refresh,
             lost=lambda: config.client and not any(m.state.live for m in gossip.members()),
             leave=leave,
+            draining=draining,
         )
 
         async def start_control() -> None:
@@ -265,6 +299,7 @@ async def run_node(
                 nursery.start_soon(_advertise, parts, host)
                 nursery.start_soon(_measure, parts)
                 nursery.start_soon(remembered.keep)
+                nursery.start_soon(scope.run)
             on_ready(
                 NodeInfo(
                     keypair.peer_id,
@@ -273,15 +308,12 @@ async def run_node(
                     str(data.path),
                     socket,
                     starts_new_network=not (start_from or known),
+                    service=scope.describe(),
                 )
             )
             await stop.wait()
             if not config.client:
-                for name in orchestrator.names():
-                    logger.warning(
-                        "the network %s stops with this node, which looks after it", name
-                    )
-                await _drain(parts, host, keypair)
+                await _drain(parts, draining)
                 await gossip.leave(GOODBYE_TIMEOUT_S)
                 await remembered.save()
             nursery.cancel_scope.cancel()
@@ -329,29 +361,17 @@ def _describe(parts: _Parts, capabilities: Capabilities) -> None:
     parts.gossip.update_capabilities(capabilities)
 
 
-async def _drain(parts: _Parts, host: Host, keypair: KeyPair) -> None:
-    """Has the orchestrators move this node's VNodes away before it goes."""
-
-    async def tell(peer_id: str) -> None:
-        try:
-            await parts.around.call(
-                peer_id,
-                "Orchestrator/Leaving",
-                orchestrator_pb2.LeavingRequest(),
-                orchestrator_pb2.LeavingReply,
-                timeout_s=DRAIN_TIMEOUT_S,
-            )
-        except P2PNetError as error:
-            logger.warning("orchestrator %s was not told that we go: %s", short(peer_id), error)
-
-    async def tell_all() -> None:
-        claimants = [peer for peer in host.claimants() if peer != keypair.peer_id]
-        await asyncio.gather(*(tell(peer_id) for peer_id in claimants))
-
+async def _drain(parts: _Parts, draining: Draining) -> None:
+    """Moves everything away from this node before it goes."""
     try:
-        await parts.bridge.to_asyncio(tell_all, timeout_s=DRAIN_TIMEOUT_S + 1)
+        drained = await parts.bridge.to_asyncio(draining.drain, timeout_s=DRAIN_TIMEOUT_S)
     except (P2PNetError, TimeoutError) as error:
-        logger.warning("the VNodes here could not be moved away in time: %s", error)
+        logger.warning("what is here could not be moved away in time: %s", error)
+        return
+    if drained.left:
+        logger.warning("%d VNodes here were not moved away", drained.left)
+    for name in drained.left_behind:
+        logger.warning("nobody has taken over the network %s yet, which we looked after", name)
 
 
 # What the parts tell each other
@@ -380,6 +400,8 @@ def _member_watcher(
             return
         was = change.old is not None and change.old.live
         if was != change.new.live:
+            event = "member_came" if change.new.live else f"member_{change.new}"
+            parts.events.emit(event, peer=change.peer_id)
             why = "has left" if change.new is State.LEFT else "has failed"
             parts.bridge.thread.submit(tell, change.peer_id, change.new.live, why)
 

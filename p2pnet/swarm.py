@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
+from p2pnet.gossip.coordinates import Coordinate
 from p2pnet.keys import KeyPair
 from p2pnet.v1 import common_pb2, records_pb2
 
@@ -32,6 +33,10 @@ class MemberView:
     memory_used_bytes: int
     gflops: float
     vnodes: int
+    ip_group: str = ""  # the network of the address that it says it has; a peer id where private
+    trust: float = 1.0  # 0: nothing may be placed there
+    coordinate: Coordinate | None = None  # as its advert says, so that everybody has the same
+    suspect: bool = False  # alive, but somebody accuses it of being gone
 
 
 class Swarm(Protocol):

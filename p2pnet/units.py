@@ -1,4 +1,4 @@
-"""Sizes as people write them: "4GiB", "512 MB", "65536"."""
+"""Sizes and durations as people write them: "4GiB", "512 MB", "65536"; "30d", "90 min"."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ _UNITS = {
     "t": 2**40, "tb": 10**12, "tib": 2**40,
 }  # fmt: skip
 
+_SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
 
 def parse_size(text: str) -> int:
     """Bytes of a size; KiB, MiB, GiB, TiB are powers of 1024, KB to TB of 1000.
@@ -26,6 +28,19 @@ def parse_size(text: str) -> int:
     if not match or not unit:
         raise UsageError(f"{text!r} is not a size: write for example 512MiB or 4GiB")
     return int(float(match[1]) * unit)
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a duration: s, m or min, h, d, w; without a unit it is seconds.
+
+    Raises:
+        UsageError: not a duration.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = match and _SECONDS.get(match[2].lower())
+    if not match or not unit:
+        raise UsageError(f"{text!r} is not a duration: write for example 30d, 12h or 90s")
+    return float(match[1]) * unit
 
 
 def format_size(size_bytes: float) -> str:

@@ -71,3 +71,4 @@ class MemorySession(Session):
         self._control: Any = _Control(world)
         self._dialer: Any = MemoryDialer(world, keypair_of(name).peer_id)
         self._contacts = {}
+        self._located = {}

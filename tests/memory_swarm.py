@@ -32,6 +32,7 @@ from p2pnet.keys import KeyPair
 from p2pnet.log.history import History, parse_entry
 from p2pnet.log.keeper_shell import KeeperService
 from p2pnet.orchestrator.shell import Orchestrator
+from p2pnet.orchestrator.sightings import Sighting, sightings_of
 from p2pnet.swarm import MemberView
 from p2pnet.v1 import common_pb2, gossip_pb2, log_pb2, records_pb2
 from p2pnet.vnode import transfer
@@ -62,23 +63,39 @@ class Node(Endpoint):
         self.directory = world.directory / name
         self.store = BlobStore(self.directory / "blobs", 1 << 30)
         self.blobs = BlobKeeper(self.store, self)
-        self.host = Host(
+        self._lent_bytes = lent_bytes
+        self.host = self._new_host()
+        self.orchestrator = Orchestrator(self, world.state_url, sightings=self._sightings)
+        for part in (self.host, self.blobs, self.orchestrator):
+            self._serve(part)
+        self.start_keeper()
+        self.orchestrator.start()
+
+    def _new_host(self) -> Host:
+        return Host(
             self,
             InlineCompute(),
             self.blobs,
             Faults(False, self.emit),
-            memory_bytes=lent_bytes,
-            hosting=hosting,
-            state_url=world.state_url,
+            memory_bytes=self._lent_bytes,
+            hosting=self.hosting,
+            state_url=self._world.state_url,
+            directory=self.directory / "hosting",
         )
-        self.orchestrator = Orchestrator(self, world.state_url)
-        for part in (self.host, self.blobs, self.orchestrator):
-            self._serve(part)
-        self.start_keeper()
+
+    def restart_host(self) -> None:
+        """As after a crash: of what it hosted it has what is on disk."""
+        self._world.spawn(self.host.close())
+        self.host = self._new_host()
+        self._serve(self.host)
 
     def start_keeper(self) -> None:
         """(Again) from what is on disk."""
-        self._serve(KeeperService(self.peer_id, self.directory / "keeper"))
+        self.keeper = KeeperService(self._keypair, self.directory / "keeper")
+        self._serve(self.keeper)
+
+    def _sightings(self) -> Sequence[Sighting]:
+        return sightings_of(self.keeper, self.host)
 
     def _serve(self, part: Any) -> None:
         for service, methods in part.services().items():
@@ -281,6 +298,7 @@ class MemorySwarm(Wire):
                 memory_used_bytes=node.host.usage.memory_bytes,
                 gflops=1.0,
                 vnodes=node.host.usage.vnodes,
+                ip_group=node.peer_id,
             )
             for _, node in sorted(self.nodes.items())
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -85,14 +86,21 @@ async def submit(session: Session, orchestrator: str, **changes: Any) -> Network
 
 
 async def train(
-    session: Session, network: NetworkInfo, steps: int, *, first: int = 1, samples: int = 4
+    session: Session,
+    network: NetworkInfo,
+    steps: int,
+    *,
+    first: int = 1,
+    samples: int = 4,
+    pause_s: float = 0.0,
 ) -> Trained:
-    """A whole training run: steps `first` to `steps`, each with its own batch."""
+    """A whole training run: steps `first` to `steps`, each with its own batch, after a pause."""
     run = TrainingRun(session, network)
     try:
         results = []
         for step in range(first, steps + 1):
             x, y = batch(step, samples)
+            await asyncio.sleep(pause_s)
             results.append(await run.step({"x": x}, y))
         done = await run.finish()
     finally:

@@ -1,11 +1,11 @@
-"""Sizes as people write them."""
+"""Sizes and durations as people write them."""
 
 from __future__ import annotations
 
 import pytest
 
 from p2pnet.errors import UsageError
-from p2pnet.units import format_size, parse_size
+from p2pnet.units import format_size, parse_duration, parse_size
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,17 @@ def test_sizes_for_people(size_bytes: int, text: str) -> None:
 @pytest.mark.parametrize("power", range(0, 45, 5))
 def test_what_is_printed_can_be_read_again(power: int) -> None:
     assert parse_size(format_size(1 << power)) == 1 << power
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("90s", 90), ("1.5 min", 90), ("12h", 43200), ("30d", 2592000), ("1W", 604800)],
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "d", "30 days", "-1d", "1e3", "inf"])
+def test_what_is_no_duration_is_told_how_to_write_one(text: str) -> None:
+    with pytest.raises(UsageError, match="write for example"):
+        parse_duration(text)

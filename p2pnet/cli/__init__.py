@@ -11,12 +11,16 @@ import sys
 import click
 
 from p2pnet import __version__
-from p2pnet.cli.ask import leave, members, status, whereis
+from p2pnet.cli.ask import drain, leave, members, status, whereis
 from p2pnet.cli.demo import demo
 from p2pnet.cli.dht import dht
+from p2pnet.cli.events import events, trace
+from p2pnet.cli.explain import explain
 from p2pnet.cli.join import join
-from p2pnet.cli.networks import export, infer, submit, train
+from p2pnet.cli.networks import cancel, export, infer, submit, train
 from p2pnet.cli.options import Debug
+from p2pnet.cli.plan import plan
+from p2pnet.cli.service import service
 from p2pnet.cli.sim import sim
 from p2pnet.errors import P2PNetError
 
@@ -47,13 +51,20 @@ def cli(context: click.Context, debug: bool) -> None:
 for command in (
     join,
     members,
+    plan,
     submit,
     whereis,
     status,
+    explain,
+    events,
+    trace,
     train,
     infer,
     export,
+    cancel,
+    drain,
     leave,
+    service,
     dht,
     sim,
     demo,

@@ -1,12 +1,15 @@
-"""The verbs that ask: members, whereis, status; and leave."""
+"""The verbs that ask: members, whereis, status; and drain and leave."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
 
 from p2pnet.cli.options import client_options, connect, data_dir_option, print_json
+
+DRAIN_TIMEOUT_S = 60.0
 
 
 @click.command()
@@ -74,6 +77,32 @@ def status(name: str, data_dir: Path, bootstrap: tuple[str, ...], as_json: bool)
         click.echo(f"  {vnode['vnode']:16} {vnode['peer_id']}  step {vnode['step']}")
     for move in shown["relocations"]:
         click.echo(f"  moved: {move['vnode']} to {move['to']}: {move['reason']}")
+
+
+@click.command()
+@data_dir_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def drain(data_dir: Path, as_json: bool) -> None:
+    """Move everything away from the local node, which stays without hosting."""
+    from p2pnet.v1 import control_pb2
+
+    with connect(data_dir, ()) as client:
+        reply = client.run(
+            client.session.control(
+                "Drain", control_pb2.DrainRequest(), control_pb2.DrainReply, DRAIN_TIMEOUT_S
+            )
+        )
+    drained = json.loads(reply.json)
+    if as_json:
+        print_json(drained)
+        return
+    click.echo(f"{drained['moved']} VNodes moved away; the node hosts nothing new from now on.")
+    if drained["left"]:
+        click.echo(f"{drained['left']} VNodes are still here: no other peer has room for them.")
+    for name in drained["handed_over"]:
+        click.echo(f"The network {name} is looked after by another peer now.")
+    for name in drained["left_behind"]:
+        click.echo(f"Nobody has taken over the network {name} yet; its next in rank will.")
 
 
 @click.command()

@@ -6,7 +6,9 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -43,6 +45,12 @@ from p2pnet.errors import root_of
     "Default: on other peers.",
 )
 @click.option(
+    "--service",
+    default="",
+    metavar="FILE|ID",
+    help="Host and orchestrate only the networks of this service. Default: of anybody.",
+)
+@click.option(
     "--kad-protocol", envvar="P2PNET_KAD_PROTOCOL", metavar="ID", help="Protocol id of the DHT."
 )
 @click.option("--faults", is_flag=True, hidden=True, help="Let faults be injected, for tests.")
@@ -56,6 +64,7 @@ def join(
     memory: int | None,
     cpus: float | None,
     state_url: str,
+    service: str,
     kad_protocol: str | None,
     faults: bool,
     until_eof: bool,
@@ -65,13 +74,14 @@ def join(
     import trio
 
     from p2pnet.bootstrap import read_all
-    from p2pnet.data.blobs import path_of
+    from p2pnet.data.blobs import check_state
     from p2pnet.dht.wire import KAD_PROTOCOL
     from p2pnet.keys import short
     from p2pnet.node import NodeConfig, NodeInfo, run_node
+    from p2pnet.service_file import read_pin
 
     if state_url:
-        path_of(state_url)  # what is wrong with it is said now, not at the first submission
+        check_state(state_url)  # what is wrong with it is said now, not at the first submission
     peers = read_all(bootstrap)
     for problem in peers.problems:
         click.echo(f"p2pnet: {problem}", err=True)
@@ -84,6 +94,7 @@ def join(
         memory_bytes=memory,
         kad_protocol=kad_protocol or KAD_PROTOCOL,
         state_url=state_url,
+        service=read_pin(service) if service else None,
         faults=faults,
     )
 
@@ -97,6 +108,7 @@ def join(
                     "grpc": info.grpc,
                     "data_dir": info.data_dir,
                     "new_network": info.starts_new_network,
+                    "service": info.service,
                 }
             )
             sys.stdout.flush()
@@ -104,6 +116,7 @@ def join(
         click.echo(f"This machine is PNode {info.peer_id} ({short(info.peer_id)}).")
         if info.starts_new_network:
             click.echo("There is no peer to start from, so this is the first one of a new network.")
+        click.echo(_scope(info.service))
         click.echo("Others can join with:")
         for addr in info.addrs:
             click.echo(f"    p2pnet join --bootstrap {addr}")
@@ -142,3 +155,18 @@ def join(
         print_json({"event": "left"})
     else:
         click.echo("Left.")
+
+
+def _scope(service: Mapping[str, Any] | None) -> str:
+    if service is None:
+        return "It is open: it hosts networks of anybody. --service limits it to one service's."
+    if not service["version"]:
+        return (
+            f"It serves only the service {service['id']}, and hosts nothing before it has found "
+            "that service's manifest."
+        )
+    return (
+        f"It serves only the service {service['name']} ({service['id']}), version "
+        f"{service['version']}: {len(service['networks'])} networks, and all of "
+        f"{len(service['owners'])} owners."
+    )

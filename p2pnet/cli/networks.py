@@ -1,4 +1,4 @@
-"""The verbs for networks: submit, train, infer, export."""
+"""The verbs for networks: submit, train, infer, export, cancel."""
 
 from __future__ import annotations
 
@@ -9,21 +9,69 @@ from typing import Any
 import click
 
 from p2pnet.cli.options import client_options, connect, print_json
+from p2pnet.errors import UsageError
+from p2pnet.units import parse_duration
+
+
+class Duration(click.ParamType[float]):
+    """A duration such as 30d, as seconds."""
+
+    name = "duration"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> float:
+        """See click."""
+        try:
+            return value if isinstance(value, float) else parse_duration(value)
+        except UsageError as error:
+            self.fail(str(error), param, context)
 
 
 @click.command()
 @click.argument("spec", type=click.Path(path_type=Path))
-@click.option("--orchestrator", default="", metavar="PEER", help="Peer id of who looks after it.")
+@click.option("--orchestrator", default="", metavar="PEER", help="Who looks after it at first.")
+@click.option(
+    "--allow", multiple=True, metavar="PEER",
+    help="Only this peer may ever look after it; repeat it for several. By default anybody may.",
+)  # fmt: skip
+@click.option(
+    "--hosts-max", type=click.IntRange(1), default=None, metavar="N",
+    help="Place it on at most so many peers at a time.",
+)  # fmt: skip
+@click.option(
+    "--claims-max", type=click.IntRange(1), default=None, metavar="N",
+    help="Let it be placed at most so often over its life.",
+)  # fmt: skip
+@click.option(
+    "--expires", type=Duration(), default=0.0, metavar="DURATION", show_default="never",
+    help="Have nobody take it on any more after so long, for example 30d.",
+)  # fmt: skip
 @client_options
 def submit(
-    spec: Path, orchestrator: str, data_dir: Path, bootstrap: tuple[str, ...], as_json: bool
+    spec: Path,
+    orchestrator: str,
+    allow: tuple[str, ...],
+    hosts_max: int | None,
+    claims_max: int | None,
+    expires: float,
+    data_dir: Path,
+    bootstrap: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Submit a network (a YAML spec) and wait until it is placed."""
     from p2pnet.orchestrator.spec import load_spec
 
     load_spec(spec)  # what is wrong with it is said before anybody is asked
     with connect(data_dir, bootstrap) as client:
-        network = client.submit(spec, orchestrator=orchestrator)
+        network = client.submit(
+            spec,
+            orchestrator=orchestrator,
+            allow=allow,
+            hosts_max=hosts_max or 0,
+            claims_max=claims_max or 0,
+            expires_in_s=expires,
+        )
     info = network.info
     if as_json:
         print_json(
@@ -71,6 +119,7 @@ def train(
                 epochs=epochs,
                 on_step=progress.step,
                 on_epoch=print_json if as_json else progress.epoch,
+                on_notice=progress.notice,
             )
         done = {
             "event": "done",
@@ -144,6 +193,28 @@ def export(
         click.echo(f"{len(weights)} tensors written to {output}. Model digest {digest}.")
 
 
+@click.command()
+@click.argument("name")
+@click.option(
+    "--reason", default="", metavar="TEXT", help="What others are told, up to 200 characters."
+)
+@client_options
+def cancel(
+    name: str, reason: str, data_dir: Path, bootstrap: tuple[str, ...], as_json: bool
+) -> None:
+    """End a network that you submitted, for good."""
+    with connect(data_dir, bootstrap) as client:
+        network = client.network(name)
+        network.cancel(reason)
+    info = network.info
+    if as_json:
+        print_json({"network_id": info.network_id, "name": info.name, "closed": True})
+    else:
+        click.echo(
+            f"{info.name} ({info.network_id}) is closed: nobody hosts or trains it any more."
+        )
+
+
 class _Progress:
     """A progress bar on standard error, or nothing."""
 
@@ -176,6 +247,12 @@ class _Progress:
     def step(self, step: int, loss: float) -> None:
         if self._bar is not None:
             self._bar.update(self._task, advance=1, description=f"loss {loss:.4f}")
+
+    def notice(self, text: str) -> None:
+        if self._bar is None:
+            click.echo(f"p2pnet: {text}", err=True)
+        else:
+            self._bar.console.print(f"p2pnet: {text}", highlight=False, markup=False)
 
     def epoch(self, row: dict[str, Any]) -> None:
         accuracy = "" if row["accuracy"] is None else f", accuracy {row['accuracy']:.4f}"

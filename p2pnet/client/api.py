@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,8 +17,10 @@ from p2pnet.client.describe import member_json, where_json
 from p2pnet.client.local import control_socket
 from p2pnet.client.run import TrainingRun
 from p2pnet.client.session import NetworkInfo, Session
+from p2pnet.client.terms import Terms
 from p2pnet.datadir import DataDir, default_data_dir
 from p2pnet.errors import UsageError
+from p2pnet.keys import KeyPair
 from p2pnet.net import identity
 from p2pnet.net.bridge import AsyncioThread
 from p2pnet.v1 import orchestrator_pb2
@@ -29,7 +32,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CALL_TIMEOUT_S = 120.0
-STEP_TIMEOUT_S = 600.0
+SUBMIT_TIMEOUT_S = 300.0  # several orchestrators may be tried
+STEP_TIMEOUT_S = 3600.0  # a run gives up before, when nobody orchestrates the network
 
 
 class Client:
@@ -96,14 +100,22 @@ class Client:
         seed: int = 0,
         cut_every: int | None = None,
         orchestrator: str = "",
+        allow: Sequence[str] = (),
+        hosts_max: int = 0,
+        claims_max: int = 0,
+        expires_in_s: float = 0.0,
     ) -> Network:
         """Submits a network and waits until it is placed.
 
         Args:
             model: a spec's path, a spec as a dict, or a `torch.nn.Sequential`, whose
-                weights are shipped. What follows but `orchestrator` is for the last.
+                weights are shipped. What follows up to `cut_every` is for the last.
             input_shape: of one sample, where the first layer does not tell.
-            orchestrator: the peer id of who is to look after it.
+            orchestrator: the peer id of who is to look after it at first.
+            allow: the peer ids of all who may look after it; none: any peer.
+            hosts_max: on how many hosts it may be placed at a time; 0: no limit.
+            claims_max: how often it may be placed over its life, by anybody; 0: no limit.
+            expires_in_s: hosts take nothing new of it after so long; 0: never.
 
         Raises:
             SpecError: the network cannot work; says where.
@@ -128,9 +140,9 @@ class Client:
             )
             graph = load_spec(spec)
             states = models.states_of(model, graph)
-        owner = self._owner()
-        info = self.run(self.session.submit(graph, owner, states, orchestrator))
-        return Network(self, info)
+        terms = Terms(tuple(allow), hosts_max, claims_max, expires_in_s)
+        submitting = self.session.submit(graph, self.owner(), states, orchestrator, terms)
+        return Network(self, self.run(submitting, SUBMIT_TIMEOUT_S))
 
     def network(self, name: str) -> Network:
         """A network that is there already, by name or id; raises NotFoundError."""
@@ -148,7 +160,8 @@ class Client:
 
         self._thread.submit(begin)
 
-    def _owner(self) -> Any:
+    def owner(self) -> KeyPair:
+        """The key that networks are submitted and cancelled with; it is made when first used."""
         data = DataDir(self._data_dir)
         data.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         return identity.load_or_create(data.path / "owner")
@@ -164,6 +177,7 @@ class Network:
         self.info = info
         self._client = client
         self._run: TrainingRun | None = None
+        self._on_notice: Callable[[str], None] | None = None
         self._graph: CompiledGraph | None = None
         self.recoveries: list[str] = []
         """Why the network had to be placed anew while this object trained it."""
@@ -180,14 +194,19 @@ class Network:
         epochs: int = 1,
         on_step: Callable[[int, float], None] | None = None,
         on_epoch: Callable[[dict[str, Any]], None] | None = None,
+        on_notice: Callable[[str], None] | None = None,
     ) -> list[dict[str, Any]]:
         """Trains; returns a dict an epoch: epoch, loss, accuracy (or None), samples_per_s.
 
         Args:
             batches: of (x, y), arrays or tensors; gone through once an epoch, or,
                 where it is callable, called with the epoch (from 1).
-            on_step: told (step, loss) of each decided step.
+            on_step: told (step, loss) of each decided step. The loss is NaN in the rare
+                case that the step counts and its result was lost with an orchestrator.
+            on_notice: told what is worth knowing meanwhile, a sentence at a time: that
+                the orchestrator is gone, say. By default it is logged as a warning.
         """
+        self._on_notice = on_notice
         try:
             history = self._train(batches, epochs, on_step, on_epoch)
         except BaseException:
@@ -207,20 +226,24 @@ class Network:
         for epoch in range(1, epochs + 1):
             started = time.monotonic()
             loss = samples = correct = 0.0
+            fed = 0
             for x, y in batches(epoch) if callable(batches) else batches:
                 result = self._step(x, y)
-                loss += result.loss * result.samples
-                correct += result.correct
-                samples += result.samples
+                fed += len(x)
+                if result.known:
+                    loss += result.loss * result.samples
+                    correct += result.correct
+                    samples += result.samples
                 if on_step is not None:
                     on_step(result.step, result.loss)
-            if not samples:
+            if not fed:
                 raise UsageError("there is nothing to train on: no batches came")
+            known = samples or math.nan
             row = {
                 "epoch": epoch,
-                "loss": loss / samples,
-                "accuracy": correct / samples if self.graph.loss.type in _CLASSIFIES else None,
-                "samples_per_s": samples / (time.monotonic() - started),
+                "loss": loss / known,
+                "accuracy": correct / known if self.graph.loss.type in _CLASSIFIES else None,
+                "samples_per_s": fed / (time.monotonic() - started),
             }
             history.append(row)
             if on_epoch is not None:
@@ -271,11 +294,21 @@ class Network:
         )
         return reply
 
+    def cancel(self, reason: str = "") -> None:
+        """Ends the network for good: nobody hosts, trains or asks it any more.
+
+        Raises:
+            UsageError: somebody else submitted it, it is closed already, or the reason
+                has over 200 characters.
+        """
+        self.abandon()
+        self._client.run(self._client.session.cancel(self.info, self._client.owner(), reason))
+
     def weights(self) -> dict[str, Array]:
         """Parameters and buffers of the last cut as numpy arrays, keys VNODE.PARAM."""
         self.finish()
         session = self._client.session
-        states = self._client.run(session.cut(self.info))
+        states = self._client.run(session.cut(self.info), STEP_TIMEOUT_S)
         found: dict[str, Array] = self._client.run(
             weights.fetch_weights(session, self.info, states)
         )
@@ -315,7 +348,7 @@ class Network:
             raise
 
     async def _begin(self) -> TrainingRun:
-        return TrainingRun(self._client.session, self.info)
+        return TrainingRun(self._client.session, self.info, self._on_notice)
 
 
 _CLASSIFIES = ("CrossEntropyLoss",)

@@ -7,13 +7,16 @@ script. A KEY is a network's name or id, NAME/VNODE, or a CID.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from p2pnet.client.session import Session
 from p2pnet.dht.keyspace import cid_of, key_of_cid, name_key, network_key, vnode_key
-from p2pnet.dht.records import ALLOCATION
+from p2pnet.dht.records import ALLOCATION, NETWORK, SERVICE
+from p2pnet.dht.service import open_service, parse_signed
 from p2pnet.errors import MalformedError, NotFoundError, UsageError
 from p2pnet.keys import peer_id_bytes, peer_id_of
+from p2pnet.service_file import to_json
 from p2pnet.v1 import common_pb2, control_pb2, records_pb2
 
 _MULTIHASHES = (b"\x00\x24", b"\x12\x20")  # identity of an Ed25519 key, sha2-256 of another
@@ -123,17 +126,17 @@ def _peer_json(peer: control_pb2.PeerAddrs) -> dict[str, Any]:
 
 def _record_json(held: records_pb2.HeldRecord) -> dict[str, Any]:
     record = records_pb2.Record.FromString(held.record.payload)
-    allocation = record.kind == ALLOCATION
+    kind, content = _CONTENT[record.kind]
     age_s = held.age_ms / 1000
     return {
         "cid": cid_of(record.key),
         "author": peer_id_of(held.record.public_key),
-        "kind": "allocation" if allocation else "network",
+        "kind": kind,
         "epoch": record.epoch,
         "sequence": record.sequence,
         "age_s": age_s,
         "expires_in_s": max(0.0, record.ttl_s - age_s),
-        "content": _allocation_json(record.body) if allocation else _network_json(record.body),
+        "content": content(record.body),
     }
 
 
@@ -163,3 +166,14 @@ def _network_json(body: bytes) -> dict[str, Any]:
         "keepers": list(network.keepers),
         "owner": peer_id_of(network.manifest.public_key),
     }
+
+
+def _service_json(body: bytes) -> dict[str, Any]:
+    return to_json(open_service(parse_signed(body)))
+
+
+_CONTENT: dict[int, tuple[str, Callable[[bytes], dict[str, Any]]]] = {
+    ALLOCATION: ("allocation", _allocation_json),
+    NETWORK: ("network", _network_json),
+    SERVICE: ("service", _service_json),
+}

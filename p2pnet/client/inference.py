@@ -1,10 +1,15 @@
-"""A shell: forward passes from a client. Any part that fails is located anew and tried again."""
+"""A shell: forward passes from a client.
+
+A host that has a VNode no longer says where it went, and under which epoch, and the
+pass goes there. What fails otherwise is located anew and tried again.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,6 +26,16 @@ HOP_TIMEOUT_S = 5.0
 OUTPUT_TIMEOUT_S = 15.0
 GIVE_UP_S = 60.0
 RETRY_S = 0.3
+REDIRECTS_MAX = 4
+BUSY_PAUSE_S = 0.05
+
+ReplyT = TypeVar("ReplyT", vnode_pb2.HopReply, vnode_pb2.CollectReply)
+Places = dict[str, tuple[str, int]]  # VNode -> (host's peer id, epoch)
+_ELSEWHERE = (
+    common_pb2.REFUSAL_CODE_STALE_EPOCH,
+    common_pb2.REFUSAL_CODE_NOT_HOSTED,
+    common_pb2.REFUSAL_CODE_LEASE_EXPIRED,
+)
 
 
 class _Moved(Exception):
@@ -63,9 +78,10 @@ async def _until_done(
 ) -> Array:
     loop = asyncio.get_running_loop()
     give_up_at = loop.time() + GIVE_UP_S
+    told: Places = {}  # what hosts have said, which may be newer than what the DHT says
     while True:
         try:
-            return await _once(session, network, graph, inputs)
+            return await _once(session, network, graph, inputs, told)
         except (_Moved, UnreachableError, NotFoundError) as error:
             if loop.time() > give_up_at:
                 raise UnreachableError(
@@ -75,20 +91,20 @@ async def _until_done(
 
 
 async def _once(
-    session: Session, network: NetworkInfo, graph: CompiledGraph, inputs: Mapping[str, Array]
+    session: Session,
+    network: NetworkInfo,
+    graph: CompiledGraph,
+    inputs: Mapping[str, Array],
+    told: Places,
 ) -> Array:
-    rows = {row.vnode: row for row in await session.where_is(network)}
+    places = {row.vnode: (row.peer_id, row.epoch) for row in await session.where_is(network)}
+    for vnode, (host, epoch) in told.items():
+        if vnode not in places or places[vnode][1] < epoch:
+            places[vnode] = (host, epoch)
+    told.clear()  # believed once: whoever is wrong again has to say so again
     request_id = os.urandom(16)
 
-    def place(vnode: str) -> tuple[str, int]:
-        if vnode not in rows:
-            raise _Moved(f"the DHT does not say where {vnode} lives")
-        return rows[vnode].peer_id, rows[vnode].epoch
-
-    async def feed(name: str, vnode: str, slot: int) -> None:
-        if vnode == graph.loss.id:
-            return
-        host, epoch = place(vnode)
+    async def send(name: str, vnode: str, slot: int, host: str, epoch: int) -> vnode_pb2.HopReply:
         request = vnode_pb2.ForwardRequest(
             network_id=network.network_id,
             epoch=epoch,
@@ -98,24 +114,23 @@ async def _once(
             slot=slot,
             tensor=encode(inputs[name]),
         )
-        reply = await session.call(
+        return await session.call(
             host, "VNode/Forward", request, vnode_pb2.HopReply, timeout_s=HOP_TIMEOUT_S
         )
-        _check(reply)
 
-    host, epoch = place(graph.output)
-    request = vnode_pb2.CollectRequest(
-        network_id=network.network_id, epoch=epoch, request_id=request_id, vnode=graph.output
-    )
-    collecting = asyncio.ensure_future(
-        session.call(
-            host,
-            "VNode/Collect",
-            request,
-            vnode_pb2.CollectReply,
-            timeout_s=OUTPUT_TIMEOUT_S,
+    async def feed(name: str, vnode: str, slot: int) -> None:
+        if vnode != graph.loss.id:
+            await _reach(places, told, vnode, lambda *place: send(name, vnode, slot, *place))
+
+    async def collect(host: str, epoch: int) -> vnode_pb2.CollectReply:
+        request = vnode_pb2.CollectRequest(
+            network_id=network.network_id, epoch=epoch, request_id=request_id, vnode=graph.output
         )
-    )
+        return await session.call(
+            host, "VNode/Collect", request, vnode_pb2.CollectReply, timeout_s=OUTPUT_TIMEOUT_S
+        )
+
+    collecting = asyncio.ensure_future(_reach(places, told, graph.output, collect))
     try:
         edges = [(name, *end) for name in inputs for end in graph.consumers(name)]
         await asyncio.gather(*(feed(*edge) for edge in edges))
@@ -123,13 +138,38 @@ async def _once(
     finally:
         collecting.cancel()
         await asyncio.gather(collecting, return_exceptions=True)
-    _check(output)
     return decode(output.tensor)
 
 
+async def _reach(
+    places: Places, told: Places, vnode: str, call: Callable[[str, int], Awaitable[ReplyT]]
+) -> ReplyT:
+    """The answer of a VNode to a call, made wherever it turns out to live.
+
+    Raises:
+        RefusedError: it is refused for good.
+        _Moved: it is not to be found now.
+    """
+    if vnode not in places:
+        raise _Moved(f"the DHT does not say where {vnode} lives")
+    for _ in range(REDIRECTS_MAX):
+        host, epoch = places[vnode]
+        reply = await call(host, epoch)
+        if not reply.HasField("refusal"):
+            return reply
+        refusal = reply.refusal
+        there = (refusal.host or host, refusal.epoch)
+        if refusal.code == common_pb2.REFUSAL_CODE_BUSY:
+            await asyncio.sleep(BUSY_PAUSE_S)
+        elif refusal.code in _ELSEWHERE and refusal.epoch >= epoch and there != (host, epoch):
+            places[vnode] = told[vnode] = there
+        else:
+            _check(reply)
+    raise _Moved(f"where {vnode} lives changes too fast")
+
+
 def _check(reply: vnode_pb2.HopReply | vnode_pb2.CollectReply) -> None:
-    if not reply.HasField("refusal"):
-        return
+    """Raises for a refusal: for good, or until the VNode is found elsewhere."""
     refusal = reply.refusal
     if refusal.code in (
         common_pb2.REFUSAL_CODE_BAD_REQUEST,

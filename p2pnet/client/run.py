@@ -1,30 +1,55 @@
-"""A shell: one training run, as the process that feeds the batches sees it (DESIGN D11).
+"""A shell: one training run, as the process that feeds the batches lives it (DESIGN D11).
 
-Batches go to the VNodes; step numbers and results come from the orchestrator. A
-batch is kept until a commit covers its step, so that after a failure the steps
-since can be done again; whoever asked for a step waits a little longer and
-notices nothing else.
+`p2pnet.client.feed` decides; here are the stream to the orchestrator, the tensors, the
+search for another orchestrator, and those who wait for results.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
+from p2pnet.client.events import (
+    Batch,
+    BatchGiven,
+    CloseStream,
+    Deliver,
+    Effect,
+    Event,
+    FeedFailed,
+    FeedStep,
+    FindOrchestrator,
+    Finished,
+    GiveUp,
+    NoMore,
+    NotFound,
+    OpenStream,
+    OrchestratorFound,
+    Recovery,
+    Say,
+    Send,
+    Started,
+    StepResult,
+    StreamEnded,
+    StreamOpened,
+    Told,
+)
+from p2pnet.client.feed import Feed
 from p2pnet.client.session import NetworkInfo, Session
+from p2pnet.core import Tick
 from p2pnet.errors import (
     LocalError,
     NotFoundError,
     P2PNetError,
     RefusedError,
     RemoteError,
-    UnreachableError,
     UsageError,
 )
-from p2pnet.net.channel import Stream
 from p2pnet.v1 import common_pb2, vnode_pb2
 from p2pnet.v1 import orchestrator_pb2 as pb
 from p2pnet.vnode.draft import TARGET
@@ -32,304 +57,297 @@ from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.network import BATCH_SAMPLES
 from p2pnet.vnode.tensors import Array, digest_of, encode
 
+__all__ = ["StepResult", "TrainingRun", "fitted"]
+
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 FEED_TIMEOUT_S = 5.0
 STREAM_TIMEOUT_S = 7 * 24 * 3600.0
-RECOVERIES_QUIET = 3  # between two commits; more are worth a word
-STALL_S = 20.0  # without a word after a batch went out: ask the orchestrator to look
-ORCHESTRATOR_GONE_S = 120.0
-RETRY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class StepResult:
-    """A decided step. The loss is the mean over `samples`; `correct` counts classifications."""
+class _Content:
+    """Of a batch."""
 
-    step: int
-    loss: float
-    correct: int
-    samples: int
+    inputs: dict[str, Array]
+    target: Array
 
 
 class TrainingRun:
-    """Feeds batches to a network, one step at a time.
+    """Feeds batches to a network, one step at a time. Made inside a running loop.
 
-    Raises from every method: UsageError for a batch that cannot be right,
-    RemoteError when the orchestrator is gone for too long or gives up.
+    Args:
+        on_notice: told what the person who waits should know; by default it is logged.
+
+    Raises from every method: UsageError for a batch that cannot be right and for a
+    network that its owner has closed, RemoteError when no orchestrator is found for
+    too long or the network gives up.
     """
 
-    def __init__(self, session: Session, network: NetworkInfo) -> None:
+    def __init__(
+        self,
+        session: Session,
+        network: NetworkInfo,
+        on_notice: Callable[[str], None] | None = None,
+    ) -> None:
+        loop = asyncio.get_running_loop()
         self.recoveries: list[str] = []  # why, each time
         self._session = session
         self._network = network
+        self._on_notice = on_notice or logger.warning
+        self._feed = Feed(network.network_id, network.name)
         self._graph: CompiledGraph | None = None
-        self._held: dict[int, tuple[dict[str, Array], Array]] = {}
         self._results: dict[int, asyncio.Future[StepResult]] = {}
-        self._locations: dict[str, str] = {}
-        self._epoch = 0
-        self._decided = 0  # of this epoch
-        self._last = 0  # the newest step that was asked for
-        self._ready = asyncio.Event()
-        self._heard_at = 0.0  # of the orchestrator
-        self._ending = False
-        self._done: asyncio.Future[pb.TrainDone] = asyncio.get_running_loop().create_future()
+        self._asked = 0  # the newest step that somebody waits for
+        self._turn = asyncio.Lock()  # batches are given in the order in which they are asked for
+        self._room = asyncio.Event()
+        self._started: asyncio.Future[None] = loop.create_future()
+        self._over: asyncio.Future[pb.TrainDone] = loop.create_future()
         self._commands: asyncio.Queue[pb.TrainCommand] = asyncio.Queue()
+        self._talking: asyncio.Task[None] | None = None
         self._feeding: asyncio.Task[None] | None = None
-        self._fed_at = 0.0  # when the last batch went out
-        self._again = 0  # recoveries since the last commit
-        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._main = asyncio.ensure_future(self._run())
+        self._tasks: dict[asyncio.Task[None], None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        newest = session.newest(network)
+        self._take(OrchestratorFound(newest.orchestrator, newest.epoch))
 
     async def start(self) -> CompiledGraph:
         """Waits until the network is ready to be trained; returns its graph."""
-        await self._or_failure(self._started)
+        await self._or_over(self._started)
         assert self._graph is not None
         return self._graph
 
     async def step(self, inputs: dict[str, Array], target: Array) -> StepResult:
         """One training step; returns when it is decided."""
         graph = await self.start()
-        inputs = {name: fitted(graph, name, array) for name, array in inputs.items()}
-        target = fitted(graph, TARGET, target)
-        missing = [name for name in graph.inputs if name not in inputs]
-        if missing:
-            raise UsageError(f"network {graph.name} also needs the input {missing[0]!r}")
-        sizes = sorted({len(target), *(len(array) for array in inputs.values())})
-        if len(sizes) != 1 or not sizes[0]:
-            raise UsageError(f"a batch needs as many inputs as targets, and at least one: {sizes}")
-        if sizes[0] > BATCH_SAMPLES:
-            raise UsageError(
-                f"a batch has at most {BATCH_SAMPLES} samples, which is what hosts lend memory "
-                f"for, and this one has {sizes[0]}"
-            )
-        self._last += 1
-        step = self._last
-        self._held[step] = (inputs, target)
-        result: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
-        self._results[step] = result
-        self._feed_next()
+        content = _checked(graph, inputs, target)
+        size_bytes = sum(array.nbytes for array in (*content.inputs.values(), content.target))
+        async with self._turn:
+            while self._feed.full and not self._over.done():
+                self._room.clear()
+                await self._or_over(self._room.wait())
+            self._raise_if_over()
+            self._asked += 1
+            step = self._asked
+            result: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
+            self._results[step] = result
+            self._take(BatchGiven(Batch(content, size_bytes)))
         try:
-            await self._or_failure(result)
+            return await self._or_over(result)
         finally:
             self._results.pop(step, None)
-        return result.result()
 
     async def finish(self) -> pb.TrainDone:
         """Commits what was trained and ends the run."""
         await self.start()
-        self._ending = True
-        self._say_end()
-        await self._or_failure(self._done)
+        self._raise_if_over()
+        self._take(NoMore())
+        done = await asyncio.shield(self._over)
         await self.close()
-        return self._done.result()
+        return done
 
     async def close(self) -> None:
         """Ends the run as it is; what was decided is still committed by the orchestrator."""
-        tasks = [task for task in (self._main, self._feeding) if task is not None]
+        if not self._over.done():
+            self._end(LocalError("the training run was closed"))
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _or_failure(self, future: asyncio.Future[StepResult] | asyncio.Future[None]
-                          | asyncio.Future[pb.TrainDone]) -> None:  # fmt: skip
-        waits = (future, self._main, self._failed)
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        if not future.done():
-            if self._failed.done():
-                self._failed.result()
-            if self._main.cancelled():
-                raise LocalError("the training run was closed")
-            self._main.result()
-            raise UnreachableError("the orchestrator ended the run")
+    async def _or_over(self, waited_for: asyncio.Future[T] | Coroutine[Any, Any, T]) -> T:
+        """What is waited for, or the error of a run that has ended meanwhile."""
+        future = asyncio.ensure_future(waited_for)
+        try:
+            await asyncio.wait((future, self._over), return_when=asyncio.FIRST_COMPLETED)
+            if not future.done():
+                self._raise_if_over()
+            return future.result()
+        finally:
+            if future is not self._started:
+                future.cancel()
+
+    def _raise_if_over(self) -> None:
+        if self._over.done():
+            self._over.result()
+            raise LocalError("the training run is finished")
+
+    def _end(self, error: Exception) -> None:
+        if not self._over.done():
+            self._over.set_exception(error)
+            self._over.exception()  # it is heard, also where nobody waits
+        if self._timer is not None:
+            self._timer.cancel()
+
+    # The core
+
+    def _take(self, event: Event) -> None:
+        if self._over.done():
+            return
+        loop = asyncio.get_running_loop()
+        for effect in self._feed.handle(event, loop.time()):
+            self._do(effect)
+        if not self._feed.full:
+            self._room.set()
+        if self._timer is not None:
+            self._timer.cancel()
+        deadline = self._feed.deadline()
+        if deadline is not None and not self._over.done():
+            self._timer = loop.call_at(deadline, self._take, Tick())
+
+    def _do(self, effect: Effect) -> None:
+        match effect:
+            case OpenStream():
+                self._hang_up()
+                self._commands = asyncio.Queue()
+                self._talking = self._spawn(self._talk(effect, self._commands))
+            case CloseStream():
+                self._hang_up()
+            case Send():
+                self._commands.put_nowait(effect.command)
+            case FeedStep():
+                if self._feeding is not None:
+                    self._feeding.cancel()  # of an epoch that is over, or done
+                self._feeding = self._spawn(self._feed_step(effect))
+            case FindOrchestrator():
+                self._spawn(self._find())
+            case Started():
+                self._graph = CompiledGraph.from_json(effect.graph)
+                self._asked = effect.step
+                self._started.set_result(None)
+            case Deliver():
+                result = self._results.get(effect.result.step)
+                if result is not None and not result.done():
+                    result.set_result(effect.result)
+            case Recovery():
+                self.recoveries.append(effect.reason)
+            case Say():
+                self._on_notice(effect.text)
+            case Finished():
+                self._over.set_result(effect.done)
+            case GiveUp():
+                self._end(effect.error)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._tasks[task] = None
+        task.add_done_callback(self._tasks.pop)
+        return task
 
     # The stream to the orchestrator
 
-    async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._heard_at = loop.time()
-        told_at = -1.0
-        while not self._done.done():
-            try:
-                await self._talk()
-            except (UnreachableError, NotFoundError) as error:
-                self._ready.clear()
-                if loop.time() > self._heard_at + ORCHESTRATOR_GONE_S:
-                    raise UnreachableError(
-                        f"the orchestrator of {self._network.name} is gone, and no other has "
-                        f"taken its place: {error}"
-                    ) from error
-                if told_at < self._heard_at:
-                    told_at = loop.time()
-                    logger.warning(
-                        "the orchestrator is out of reach; trying for up to %d s: %s",
-                        ORCHESTRATOR_GONE_S,
-                        error,
-                    )
-                await asyncio.sleep(RETRY_S)
-                await self._find_orchestrator()
-
-    async def _find_orchestrator(self) -> None:
+    async def _talk(self, to: OpenStream, commands: asyncio.Queue[pb.TrainCommand]) -> None:
         try:
-            self._network = await self._session.find(self._network.network_id)
-        except P2PNetError as error:
-            logger.info("no orchestrator found: %s", error)
-
-    async def _talk(self) -> None:
-        begin = pb.TrainBegin(
-            network_id=self._network.network_id, first_step_held=min(self._held, default=0)
-        )
-        opened = await self._session.stream(
-            self._network.orchestrator, "Orchestrator/Train", pb.TrainEvent, STREAM_TIMEOUT_S
-        )
-        async with opened as stream:
-            await stream.write(pb.TrainCommand(begin=begin))
-
-            async def send() -> None:
-                while True:
-                    await stream.write(await self._commands.get())
-
-            if self._ending:
-                self._say_end()  # to an orchestrator that has not heard it
-            sender = asyncio.ensure_future(send())
-            try:
-                while (event := await self._next(stream)) is not None:
-                    self._take(event)
-                    if self._done.done():
-                        return
-            finally:
-                sender.cancel()
-                await asyncio.gather(sender, return_exceptions=True)
-        raise UnreachableError("the orchestrator closed the stream")
-
-    async def _next(self, stream: Stream[pb.TrainEvent]) -> pb.TrainEvent | None:
-        """The next event; while a step is out and nothing comes, the orchestrator is nudged."""
-        loop = asyncio.get_running_loop()
-        reading = asyncio.ensure_future(stream.read())
-        try:
-            while not reading.done():
-                waiting = self._ready.is_set() and self._decided < self._last
-                left_s = self._fed_at + STALL_S - loop.time() if waiting else STALL_S
-                if left_s <= 0:
-                    self._complain("", f"nothing was decided for {STALL_S:g} s")
-                    self._fed_at = loop.time()
-                    continue
-                await asyncio.wait({reading}, timeout=left_s)
-            return reading.result()
-        finally:
-            reading.cancel()
-
-    def _take(self, event: pb.TrainEvent) -> None:
-        self._heard_at = asyncio.get_running_loop().time()
-        what = event.WhichOneof("what")
-        if what == "ready":
-            self._resume(event.ready)
-        elif what == "decided" and event.decided.epoch == self._epoch:
-            decided = event.decided
-            self._decided = decided.step
-            result = self._results.get(decided.step)
-            if result is not None and not result.done():
-                result.set_result(
-                    StepResult(decided.step, decided.loss, decided.correct, decided.samples)
-                )
-            self._feed_next()
-        elif what == "committed":
-            self._again = 0
-            for step in [step for step in self._held if step <= event.committed.step]:
-                del self._held[step]
-        elif what == "recovering":
-            self._ready.clear()
-            self.recoveries.append(event.recovering.reason)
-            self._again += 1
-            if self._again > RECOVERIES_QUIET:
-                logger.warning(
-                    "network %s gets no further than its last commit: %s",
-                    self._network.name,
-                    event.recovering.reason,
-                )
-        elif what == "refused":
-            refusal = event.refused
-            if refusal.code == common_pb2.REFUSAL_CODE_BAD_REQUEST:
-                raise UsageError(f"network {self._network.name}: {refusal.detail}")
-            raise RefusedError(refusal.detail, code=refusal.code)
-        elif what == "done":
-            self._done.set_result(event.done)
-
-    def _resume(self, ready: pb.TrainReady) -> None:
-        """A new epoch, from the cut at `ready.step`: what came after is done again."""
-        if self._graph is None:
-            self._graph = CompiledGraph.from_json(ready.graph)
-            self._last = ready.step
-            self._started.set_result(None)
-        lost = next((s for s in range(ready.step + 1, self._last + 1) if s not in self._held), 0)
-        if lost:
-            raise RefusedError(
-                f"the network went back to step {ready.step}, and batch {lost} is not kept any more"
+            opened = await self._session.stream(
+                to.peer, "Orchestrator/Train", pb.TrainEvent, STREAM_TIMEOUT_S
             )
-        self._epoch, self._decided = ready.epoch, ready.step
-        self._locations = {location.vnode: location.host for location in ready.locations}
-        self._ready.set()
-        self._feed_next()
+            async with opened as stream:
+
+                async def send() -> None:
+                    while True:
+                        await stream.write(await commands.get())
+
+                self._take(StreamOpened(to.stream))
+                sender = asyncio.ensure_future(send())
+                try:
+                    while (event := await stream.read()) is not None:
+                        self._take(Told(to.stream, event))
+                        if self._talking is not asyncio.current_task() or self._over.done():
+                            return
+                finally:
+                    sender.cancel()
+                    await asyncio.gather(sender, return_exceptions=True)
+            self._take(StreamEnded(to.stream, "the orchestrator closed the stream"))
+        except (RemoteError, NotFoundError) as error:
+            self._take(StreamEnded(to.stream, str(error)))
+        except P2PNetError as error:  # ours: the local node is gone
+            self._end(error)
+
+    def _hang_up(self) -> None:
+        talking, self._talking = self._talking, None
+        if talking is not None and talking is not asyncio.current_task():
+            talking.cancel()
+
+    async def _find(self) -> None:
+        try:
+            found = await self._session.locate(self._network)
+        except RefusedError as error:  # it is closed
+            self._end(UsageError(f"network {self._network.name}: {error}"))
+        except RemoteError as error:
+            self._take(NotFound(str(error)))
+        except P2PNetError as error:  # ours: the local node is gone
+            self._end(error)
+        else:
+            self._take(OrchestratorFound(found.orchestrator, found.epoch))
 
     # Feeding
 
-    def _feed_next(self) -> None:
-        step = self._decided + 1
-        if not self._ready.is_set() or step > self._last:
-            return
-        if self._feeding is not None:
-            self._feeding.cancel()  # of an epoch that is over, or done
-        self._fed_at = asyncio.get_running_loop().time()
-        self._feeding = asyncio.ensure_future(self._feed(self._epoch, step))
-
-    async def _feed(self, epoch: int, step: int) -> None:
+    async def _feed_step(self, out: FeedStep) -> None:
         assert self._graph is not None
-        inputs, target = self._held[step]
+        content = out.batch.content
+        assert isinstance(content, _Content)
         hops = [
-            self._hop(epoch, step, vnode, name, slot, array)
-            for name, array in (*inputs.items(), (TARGET, target))
+            self._hop(out, vnode, name, slot, array)
+            for name, array in (*content.inputs.items(), (TARGET, content.target))
             for vnode, slot in self._graph.consumers(name)
         ]
         try:
             await asyncio.gather(*hops)
         except P2PNetError as error:  # not of a peer: a bad batch, or our own node is gone
-            if not self._failed.done():
-                self._failed.set_exception(error)
+            self._end(error)
 
-    async def _hop(
-        self, epoch: int, step: int, vnode: str, name: str, slot: int, array: Array
-    ) -> None:
-        host = self._locations[vnode]
+    async def _hop(self, out: FeedStep, vnode: str, name: str, slot: int, array: Array) -> None:
+        host = out.locations.get(vnode, "")
         request = vnode_pb2.TrainRequest(
-            id=vnode_pb2.StepId(network_id=self._network.network_id, epoch=epoch, step=step),
+            id=vnode_pb2.StepId(
+                network_id=self._network.network_id, epoch=out.epoch, step=out.step
+            ),
             vnode=vnode,
             direction=vnode_pb2.DIRECTION_FORWARD,
             source=name,
             slot=slot,
             tensor=encode(array),
-            decided_step=step - 1,
+            decided_step=out.step - 1,
             tensor_digest=digest_of(array),
         )
+
+        def failed(reason: str, newer_epoch: int = 0) -> None:
+            self._take(FeedFailed(out.epoch, out.step, host, reason, newer_epoch))
+
         try:
             reply = await self._session.call(
                 host, "VNode/Train", request, vnode_pb2.HopReply, timeout_s=FEED_TIMEOUT_S
             )
         except RemoteError as error:
-            self._complain(host, f"{vnode} cannot be fed: {error}")
+            failed(f"{vnode} cannot be fed: {error}")
             return
-        if reply.refusal.code == common_pb2.REFUSAL_CODE_BAD_REQUEST:
+        refusal = reply.refusal
+        if refusal.code == common_pb2.REFUSAL_CODE_BAD_REQUEST:
             # whoever hosts it next would say the same
-            raise UsageError(f"network {self._network.name}: {reply.refusal.detail}")
+            raise UsageError(f"network {self._network.name}: {refusal.detail}")
         if reply.HasField("refusal"):
-            self._complain(host, f"{vnode} refuses a batch: {reply.refusal.detail}")
+            stale = refusal.code == common_pb2.REFUSAL_CODE_STALE_EPOCH
+            failed(f"{vnode} refuses a batch: {refusal.detail}", refusal.epoch if stale else 0)
 
-    def _say_end(self) -> None:
-        self._commands.put_nowait(pb.TrainCommand(end=pb.TrainEnd(last_step=self._last)))
 
-    def _complain(self, host: str, reason: str) -> None:
-        failed = pb.TrainFailed(epoch=self._epoch, step=self._decided + 1, host=host, reason=reason)
-        self._commands.put_nowait(pb.TrainCommand(failed=failed))
+def _checked(graph: CompiledGraph, inputs: dict[str, Array], target: Array) -> _Content:
+    """A batch that fits the graph; raises UsageError."""
+    inputs = {name: fitted(graph, name, array) for name, array in inputs.items()}
+    target = fitted(graph, TARGET, target)
+    missing = [name for name in graph.inputs if name not in inputs]
+    if missing:
+        raise UsageError(f"network {graph.name} also needs the input {missing[0]!r}")
+    sizes = sorted({len(target), *(len(array) for array in inputs.values())})
+    if len(sizes) != 1 or not sizes[0]:
+        raise UsageError(f"a batch needs as many inputs as targets, and at least one: {sizes}")
+    if sizes[0] > BATCH_SAMPLES:
+        raise UsageError(
+            f"a batch has at most {BATCH_SAMPLES} samples, which is what hosts lend memory "
+            f"for, and this one has {sizes[0]}"
+        )
+    return _Content(inputs, target)
 
 
 def fitted(graph: CompiledGraph, name: str, array: Array) -> Array:

@@ -17,8 +17,10 @@ import re
 import tempfile
 import threading
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
+from p2pnet.data.objects import Bucket, check_bucket_url, open_bucket
 from p2pnet.errors import MalformedError, NotFoundError, ResourceError, UsageError
 from p2pnet.units import format_size
 
@@ -141,9 +143,7 @@ class BlobStore:
         return total
 
     def _file(self, digest: str) -> Path:
-        if not _DIGEST.fullmatch(digest):  # never a way out of the directory
-            raise MalformedError(f"{digest[:80]!r} is not a SHA-256 in hex")
-        return self.path / digest
+        return self.path / _check_digest(digest)
 
     def _is_whole(self, digest: str, data: bytes) -> bool:
         try:
@@ -169,14 +169,61 @@ class BlobStore:
             os.close(directory)
 
 
-def open_state(url: str, bytes_max: int) -> BlobStore:
-    """The store that `join --state URL` names: a directory that all nodes can reach.
+class StateStore(Protocol):
+    """Where states go that all nodes of a network can reach. Methods block."""
+
+    def put(self, data: bytes, digest: str = "") -> str:
+        """Stores a blob and returns its digest; raises ResourceError."""
+        ...
+
+    def get(self, digest: str) -> bytes:
+        """A blob, checked against its digest; raises NotFoundError, ResourceError."""
+        ...
+
+
+class BlobsInBucket:
+    """States in an object store, under `states/`; its owner sees to what they cost."""
+
+    def __init__(self, bucket: Bucket, bytes_max: int) -> None:
+        self._bucket = bucket
+        self._bytes_max = bytes_max
+
+    def put(self, data: bytes, digest: str = "") -> str:
+        """See `StateStore`; one that is there already is not sent again."""
+        digest = digest or hashlib.sha256(data).hexdigest()
+        key = f"states/{_check_digest(digest)}"
+        if self._bucket.size(key) != len(data):
+            self._bucket.put(key, data)
+        return digest
+
+    def get(self, digest: str) -> bytes:
+        """See `StateStore`."""
+        data = self._bucket.get(f"states/{_check_digest(digest)}", self._bytes_max)
+        if data is None:
+            raise NotFoundError(f"the state {digest[:12]}… is not in {self._bucket.url}")
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise NotFoundError(f"the state {digest[:12]}… in {self._bucket.url} was spoiled")
+        return data
+
+
+def open_state(url: str, bytes_max: int) -> StateStore:
+    """The store that `join --state URL` names: a directory or bucket that all nodes can reach.
 
     Raises:
-        UsageError: not a URL of a directory.
+        UsageError: not such a URL.
         ResourceError: the directory cannot be made.
     """
+    if url.startswith("s3://"):
+        return BlobsInBucket(open_bucket(url), bytes_max)
     return BlobStore(path_of(url), bytes_max)
+
+
+def check_state(url: str) -> None:
+    """Raises UsageError for what `open_state` cannot open; asks nothing of it."""
+    if url.startswith("s3://"):
+        check_bucket_url(url)
+    else:
+        path_of(url)
 
 
 def path_of(url: str) -> Path:
@@ -185,3 +232,9 @@ def path_of(url: str) -> Path:
     if parts.scheme != "file" or parts.netloc not in ("", "localhost") or len(parts.path) < 2:
         raise UsageError(f"{url!r} is no URL of a local file: write for example file:///srv/p2pnet")
     return Path(unquote(parts.path))
+
+
+def _check_digest(digest: str) -> str:
+    if not _DIGEST.fullmatch(digest):  # never a way out of the directory
+        raise MalformedError(f"{digest[:80]!r} is not a SHA-256 in hex")
+    return digest

@@ -42,6 +42,11 @@ def name_key(name: str) -> bytes:
     return record_key(f"/p2pnet/name/{name}")
 
 
+def service_key(service_id: str) -> bytes:
+    """Where a service's manifest is kept."""
+    return record_key(f"/p2pnet/service/{service_id}")
+
+
 @lru_cache(maxsize=16384)
 def position(key: bytes) -> int:
     """Where a key lies, from 0 to 2**256 - 1."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from p2pnet import keys
 from p2pnet.dht.canonical import parse_canonical
@@ -12,6 +13,10 @@ from p2pnet.v1 import common_pb2, records_pb2
 MANIFEST_BYTES_MAX = 8 << 10
 NAME_CHARS_MAX = 64
 ORCHESTRATORS_MAX = 64
+KEEPERS_MAX = 9
+STATE_URL_CHARS_MAX = 512
+STATE_SCHEMES = ("file://", "s3://")
+_WALL_MS_MAX = 2**53
 _NONCE_BYTES_MAX = 64
 _NETWORK_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -47,7 +52,31 @@ def open_manifest(signed: common_pb2.Signed) -> records_pb2.Manifest:
         raise MalformedError(f"a manifest with over {ORCHESTRATORS_MAX} orchestrators")
     for peer_id in manifest.orchestrators:
         keys.public_key_of(peer_id)
+    check_keepers(manifest.keepers)
+    check_state_url(manifest.state_url)
+    if manifest.keepers and manifest.state_url:
+        raise MalformedError("a manifest that keeps the log both on peers and in a store")
+    if not 0 <= manifest.limits.expires_at_ms <= _WALL_MS_MAX:
+        raise MalformedError("a manifest with an impossible end")
     return manifest
+
+
+def check_keepers(keepers: Sequence[str]) -> None:
+    """Raises MalformedError for anything but up to 9 peer ids, sorted, each once."""
+    if len(keepers) > KEEPERS_MAX or sorted(dict.fromkeys(keepers)) != list(keepers):
+        raise MalformedError(f"a log has up to {KEEPERS_MAX} keepers, sorted, each once")
+    for peer_id in keepers:
+        keys.public_key_of(peer_id)
+
+
+def check_state_url(url: str) -> None:
+    """Raises MalformedError for what is no file:// or s3:// URL; "" means the peers."""
+    if not url:
+        return
+    if len(url) > STATE_URL_CHARS_MAX or not url.isprintable():
+        raise MalformedError(f"a state URL has up to {STATE_URL_CHARS_MAX} printable characters")
+    if not url.startswith(STATE_SCHEMES):
+        raise MalformedError(f"{url[:80]!r} is neither a file:// nor an s3:// URL")
 
 
 def grants(manifest: records_pb2.Manifest, peer_id: str) -> bool:

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from p2pnet import keys
 from p2pnet.dht.canonical import parse_canonical
-from p2pnet.dht.keyspace import name_key, network_key, vnode_key
+from p2pnet.dht.keyspace import name_key, network_key, service_key, vnode_key
 from p2pnet.dht.manifest import (
     MANIFEST_BYTES_MAX,
     NAME_CHARS_MAX,
@@ -24,6 +24,7 @@ from p2pnet.dht.manifest import (
     network_id_of,
     open_manifest,
 )
+from p2pnet.dht.service import open_service, parse_signed
 from p2pnet.errors import ForgedError, MalformedError, RemoteError
 from p2pnet.v1 import common_pb2, records_pb2
 
@@ -42,6 +43,9 @@ _COUNTER_MAX = (1 << 63) - 1
 
 NETWORK = records_pb2.RECORD_KIND_NETWORK
 ALLOCATION = records_pb2.RECORD_KIND_ALLOCATION
+SERVICE = records_pb2.RECORD_KIND_SERVICE
+
+Content = records_pb2.Allocation | records_pb2.NetworkRecord | records_pb2.SignedService
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ class OpenRecord:
     ttl_s: int
     issued_at_ms: int
     body: bytes
-    content: records_pb2.Allocation | records_pb2.NetworkRecord
+    content: Content
     signed: common_pb2.Signed
     age_s: float = 0.0
 
@@ -130,11 +134,11 @@ def open_record(signed: common_pb2.Signed, key: bytes, wall_ms: int) -> OpenReco
     if not -REPLAY_MS <= age_ms <= record.ttl_s * 1000 + REPLAY_MS:
         raise ForgedError("a record from long ago or from the future")
     if record.kind == ALLOCATION:
-        content: records_pb2.Allocation | records_pb2.NetworkRecord = _open_allocation(
-            record, author
-        )
+        content: Content = _open_allocation(record, author)
     elif record.kind == NETWORK:
         content = _open_network(record, author)
+    elif record.kind == SERVICE:
+        content = _open_service(record)
     else:
         raise MalformedError(f"a record of the unknown kind {record.kind}")
     return OpenRecord(
@@ -192,6 +196,17 @@ def _open_network(record: records_pb2.Record, author: str) -> records_pb2.Networ
     if manifest.name != network.name:
         raise ForgedError("a network's record under another name than its owner gave it")
     return network
+
+
+def _open_service(record: records_pb2.Record) -> records_pb2.SignedService:
+    """What a service's governors signed; whoever puts it there adds nothing to that."""
+    signed = parse_signed(record.body)
+    service = open_service(signed)
+    if record.key != service_key(service.service_id):
+        raise ForgedError("a service's record under another key than its own")
+    if record.epoch != service.version:  # so that of 32 authors those of the newest are kept
+        raise ForgedError("a service under another epoch than its version")
+    return signed
 
 
 def _check_manifest(

@@ -14,17 +14,13 @@ import re
 import tempfile
 from pathlib import Path
 
-from google.protobuf.message import DecodeError
-
-from p2pnet import keys
 from p2pnet.dht.manifest import check_network_id
-from p2pnet.errors import LocalError, RemoteError, ResourceError
-from p2pnet.log.history import ENTRY_BYTES_MAX, parse_entry
+from p2pnet.errors import LocalError, ResourceError
+from p2pnet.log.entry import parse_entry
+from p2pnet.log.stored import SLOT_MAX, STORED_BYTES_MAX, name_of, open_stored
 from p2pnet.v1 import common_pb2
 
-SLOT_MAX = 99_999_999
 _NAME = re.compile(r"(\d{8})\.entry")
-_FILE_BYTES_MAX = ENTRY_BYTES_MAX + 1024
 
 
 class DirectoryLog:
@@ -87,7 +83,7 @@ class DirectoryLog:
 
 
 def _path(folder: Path, slot: int) -> Path:
-    return folder / f"{slot:08d}.entry"
+    return folder / name_of(slot)
 
 
 def _create(path: Path, data: bytes) -> bool:
@@ -120,18 +116,10 @@ def _sync(folder: Path) -> None:
 def _load(path: Path, network_id: str, slot: int) -> common_pb2.Signed:
     try:
         with path.open("rb") as file:
-            data = file.read(_FILE_BYTES_MAX + 1)
+            data = file.read(STORED_BYTES_MAX + 1)
     except OSError as error:
         raise _cannot("read", path, error) from error
-    try:
-        signed = common_pb2.Signed.FromString(data)
-        keys.verify(keys.LOG_ENTRY, signed)
-        entry = parse_entry(signed)
-    except (DecodeError, RemoteError) as error:
-        raise LocalError(f"the log is damaged: {path} is not an entry ({error})") from None
-    if (entry.network_id, entry.slot) != (network_id, slot):
-        raise LocalError(f"the log is damaged: {path} holds another entry than its name says")
-    return signed
+    return open_stored(data, network_id, slot, str(path))
 
 
 def _cannot(verb: str, path: Path, error: OSError) -> LocalError:

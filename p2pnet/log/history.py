@@ -1,30 +1,27 @@
-"""A network's log: what an entry has to be, and the history that they make. Pure (DESIGN D6).
+"""A network's log: which entries count, and the history that they make. Pure (DESIGN D6).
 
 Entry n exists at most once, wherever the log lives; here is what makes it count.
 A claim takes the next epoch and needs the owner's grant; a commit counts only
-under the last claim's epoch and by the last claim's orchestrator. A keeper refuses
-what would not count. In a directory it may have been written all the same, and then
-it stands there, void.
+under the last claim's epoch and by the last claim's orchestrator; after the
+owner's closing nothing counts. A keeper refuses what would not count. In a
+directory or an object store it may have been written all the same, and then it
+stands there, void.
+
+The first claim carries what the network begins with, and each claim where it puts
+everything, so that the log alone is enough for whoever goes on with the network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from google.protobuf.message import DecodeError
-
 from p2pnet import keys
 from p2pnet.dht.manifest import check_network_id, grants, network_id_of, open_manifest
 from p2pnet.errors import ForgedError, MalformedError
 from p2pnet.keys import KeyPair, sha256
-from p2pnet.v1 import common_pb2, log_pb2
-
-ENTRY_BYTES_MAX = 4 << 20
-KEEPERS_MAX = 9
-STATES_MAX = 10_000
-HOLDERS_MAX = 16
-NUMBER_MAX = 2**53  # of epochs, steps and slots
-REASON_CHARS_MAX = 200
+from p2pnet.log.entry import REASON_CHARS_MAX, open_cancellation
+from p2pnet.log.entry import parse_entry as parse_entry
+from p2pnet.v1 import common_pb2, log_pb2, records_pb2
 
 # (network id, manifest, peer id) -> may that peer orchestrate that network?
 # Raises MalformedError or ForgedError where the manifest does not hold.
@@ -38,9 +35,14 @@ def manifest_grants(network_id: str, signed: common_pb2.Signed, peer_id: str) ->
         MalformedError: not a manifest.
         ForgedError: not signed by its owner, or another network's.
     """
+    return grants(open_charter(network_id, signed), peer_id)
+
+
+def open_charter(network_id: str, signed: common_pb2.Signed) -> records_pb2.Manifest:
+    """The manifest of that network; raises as `manifest_grants`."""
     if network_id_of(signed) != network_id:
         raise ForgedError(f"a manifest is not that of network {network_id}")
-    return grants(open_manifest(signed), peer_id)
+    return open_manifest(signed)
 
 
 class History:
@@ -52,13 +54,30 @@ class History:
         self.network_id = network_id
         self.grants = grants
         self.entries: list[common_pb2.Signed] = []
+        self.claims: list[tuple[int, log_pb2.Claim]] = []  # (slot, claim), those that count
         self.epoch = 0  # of the last claim that counts; 0: unclaimed
         self.orchestrator = ""  # its claimant's peer id
         self.manifest: common_pb2.Signed | None = None
         self.commit: log_pb2.Commit | None = None  # the last that counts
+        self.closing: log_pb2.Cancellation | None = None  # by which the owner has ended it
         self.keepers: tuple[str, ...] = ()  # of the next slot
         self.previous = b""  # SHA-256 of the last entry's payload
         self.size_bytes = 0  # of all entries
+
+    @property
+    def charter(self) -> records_pb2.Manifest | None:
+        """What is in the manifest; None: unclaimed."""
+        return None if self.manifest is None else open_charter(self.network_id, self.manifest)
+
+    @property
+    def placement(self) -> Mapping[str, str]:
+        """VNode -> peer id, as the last claim says."""
+        return placement_of(self.claims[-1][1]) if self.claims else {}
+
+    @property
+    def genesis(self) -> log_pb2.Genesis | None:
+        """What the network began with."""
+        return self.claims[0][1].genesis if self.claims else None
 
     @property
     def next_slot(self) -> int:
@@ -77,18 +96,26 @@ class History:
         """
         signer, entry = _open(signed, self)
         void = _void(signer, entry, self)
+        if void and self.keepers:
+            raise ForgedError(void)  # no keeper accepts it, so it cannot be decided
         self.entries.append(signed)
         self.size_bytes += signed.ByteSize()
         self.previous = sha256(signed.payload)
         if void:
             return void
         self.keepers = tuple(entry.keepers)
-        if entry.WhichOneof("what") == "claim":
+        what = entry.WhichOneof("what")
+        if what == "claim":
             self.epoch = entry.claim.epoch
             self.orchestrator = entry.claim.orchestrator
             self.manifest = entry.claim.manifest
-        else:
+            self.claims.append((entry.slot, entry.claim))
+        elif what == "commit":
             self.commit = entry.commit
+        else:
+            charter = self.charter
+            assert charter is not None
+            self.closing = open_cancellation(entry.closing.cancellation, self.network_id, charter)
         return ""
 
     def extend(self, entries: Sequence[common_pb2.Signed]) -> int:
@@ -110,6 +137,11 @@ class History:
         return new
 
 
+def placement_of(claim: log_pb2.Claim) -> dict[str, str]:
+    """VNode -> peer id, in the order of the VNodes' names."""
+    return {vnode: claim.hosts[claim.placement[vnode]] for vnode in sorted(claim.placement)}
+
+
 def check_entry(signed: common_pb2.Signed, history: History) -> log_pb2.LogEntry:
     """An entry that would count as the next of `history`.
 
@@ -123,35 +155,14 @@ def check_entry(signed: common_pb2.Signed, history: History) -> log_pb2.LogEntry
     return entry
 
 
-def parse_entry(signed: common_pb2.Signed) -> log_pb2.LogEntry:
-    """The entry inside a signed one, with its limits checked but not its signature.
+def keepers_of_next(history: History, signed: common_pb2.Signed) -> tuple[str, ...]:
+    """Who decides `signed`, the next entry: whom the entry before names, or the manifest.
 
-    Raises:
-        MalformedError: too large, not an entry, or out of its limits.
+    None for a log in a store. Raises MalformedError or ForgedError.
     """
-    if len(signed.payload) > ENTRY_BYTES_MAX:
-        raise MalformedError(f"a log entry has at most {ENTRY_BYTES_MAX >> 20} MiB")
-    try:
-        entry = log_pb2.LogEntry.FromString(signed.payload)
-    except DecodeError:
-        raise MalformedError("a log entry does not parse") from None
-    check_network_id(entry.network_id)
-    if not 1 <= entry.slot <= NUMBER_MAX:
-        raise MalformedError("a log entry has no slot")
-    keepers = tuple(entry.keepers)
-    if len(keepers) > KEEPERS_MAX or tuple(sorted(dict.fromkeys(keepers))) != keepers:
-        raise MalformedError(f"a log entry names up to {KEEPERS_MAX} keepers, sorted, each once")
-    for keeper in keepers:
-        keys.public_key_of(keeper)
-    what = entry.WhichOneof("what")
-    if what == "claim":
-        if not 1 <= entry.claim.epoch <= NUMBER_MAX or len(entry.claim.reason) > REASON_CHARS_MAX:
-            raise MalformedError("a claim has no epoch or too long a reason")
-    elif what == "commit":
-        _check_commit(entry.commit)
-    else:
-        raise MalformedError("a log entry is neither a claim nor a commit")
-    return entry
+    if history.entries:
+        return history.keepers
+    return tuple(open_charter(history.network_id, parse_entry(signed).claim.manifest).keepers)
 
 
 def new_claim(
@@ -159,17 +170,31 @@ def new_claim(
     key: KeyPair,
     manifest: common_pb2.Signed,
     *,
+    placement: Mapping[str, str],
     keepers: Sequence[str] = (),
     reason: str = "",
+    genesis: log_pb2.Genesis | None = None,
 ) -> common_pb2.Signed:
-    """A claim of the next epoch by `key`, for the next slot."""
+    """A claim of the next epoch by `key`, for the next slot; by default the keepers stay.
+
+    Args:
+        placement: VNode -> peer id.
+        keepers: of the slot after it.
+        genesis: in a network's first claim, and only there.
+    """
+    hosts = sorted(dict.fromkeys(placement.values()))
+    index = {host: number for number, host in enumerate(hosts)}
     claim = log_pb2.Claim(
         epoch=history.epoch + 1,
         orchestrator=key.peer_id,
         manifest=manifest,
         reason=reason[:REASON_CHARS_MAX],
+        hosts=hosts,
+        placement={vnode: index[placement[vnode]] for vnode in sorted(placement)},
+        genesis=genesis,
     )
-    return _sign(history, key, log_pb2.LogEntry(claim=claim, keepers=sorted(keepers)))
+    named = sorted(keepers) or history.keepers or open_manifest(manifest).keepers
+    return _sign(history, key, log_pb2.LogEntry(claim=claim, keepers=named))
 
 
 def new_commit(
@@ -178,12 +203,48 @@ def new_commit(
     step: int,
     states: Mapping[str, common_pb2.BlobRef],
     *,
+    result: tuple[float, int, int] | None = None,
     keepers: Sequence[str] | None = None,
 ) -> common_pb2.Signed:
-    """A commit of a cut under the last claim, for the next slot; by default the keepers stay."""
-    commit = log_pb2.Commit(epoch=history.epoch, step=step, states=dict(sorted(states.items())))
+    """A commit of a cut under the last claim, for the next slot; by default the keepers stay.
+
+    Args:
+        result: loss, correct and samples of the cut's last step.
+    """
+    loss, correct, samples = result or (0.0, 0, 0)
+    commit = log_pb2.Commit(
+        epoch=history.epoch,
+        step=step,
+        states=dict(sorted(states.items())),
+        loss=loss,
+        correct=correct,
+        samples=samples,
+    )
     named = history.keepers if keepers is None else sorted(keepers)
     return _sign(history, key, log_pb2.LogEntry(commit=commit, keepers=named))
+
+
+def new_closing(
+    history: History,
+    key: KeyPair,
+    cancellation: common_pb2.Signed,
+    *,
+    keepers: Sequence[str] | None = None,
+) -> common_pb2.Signed:
+    """The end of a network by its owner's word, for the next slot; by default the keepers stay."""
+    closing = log_pb2.Closing(cancellation=cancellation)
+    named = history.keepers if keepers is None else sorted(keepers)
+    return _sign(history, key, log_pb2.LogEntry(closing=closing, keepers=named))
+
+
+def new_cancellation(
+    owner: KeyPair, network_id: str, reason: str, issued_at_ms: int
+) -> common_pb2.Signed:
+    """What an owner signs to end a network."""
+    body = log_pb2.Cancellation(
+        network_id=network_id, reason=reason[:REASON_CHARS_MAX], issued_at_ms=issued_at_ms
+    )
+    return owner.sign(keys.CANCELLATION, body.SerializeToString(deterministic=True))
 
 
 def _sign(history: History, key: KeyPair, entry: log_pb2.LogEntry) -> common_pb2.Signed:
@@ -208,20 +269,58 @@ def _open(signed: common_pb2.Signed, history: History) -> tuple[str, log_pb2.Log
 
 def _void(signer: str, entry: log_pb2.LogEntry, history: History) -> str:
     """Why an entry in the right place does not count, or ""."""
+    if history.closing is not None:
+        return "the network's owner has closed it: nothing counts any more"
     if history.keepers and not entry.keepers:
         return "a log entry names no keepers for the next"
-    if entry.WhichOneof("what") == "claim":
-        claim = entry.claim
-        if claim.orchestrator != signer:
-            return f"a claim for {claim.orchestrator} is signed by {signer}"
-        if claim.epoch != history.epoch + 1:
-            return f"a claim has epoch {claim.epoch}, but the next is {history.epoch + 1}"
-        try:
-            granted = history.grants(history.network_id, claim.manifest, signer)
-        except (MalformedError, ForgedError) as error:
-            return str(error)
-        return "" if granted else f"the owner does not let {signer} orchestrate this network"
-    commit = entry.commit
+    what = entry.WhichOneof("what")
+    if what == "claim":
+        return _void_claim(signer, entry, history)
+    if what == "commit":
+        return _void_commit(signer, entry.commit, history)
+    charter = history.charter
+    if charter is None or history.manifest is None:
+        return "a network that nobody has claimed cannot be closed"
+    try:
+        open_cancellation(entry.closing.cancellation, history.network_id, charter)
+        granted = history.grants(history.network_id, history.manifest, signer)
+    except (MalformedError, ForgedError) as error:
+        return str(error)
+    return "" if granted else f"the owner does not let {signer} write this log"
+
+
+def _void_claim(signer: str, entry: log_pb2.LogEntry, history: History) -> str:
+    claim = entry.claim
+    if claim.orchestrator != signer:
+        return f"a claim for {claim.orchestrator} is signed by {signer}"
+    if claim.epoch != history.epoch + 1:
+        return f"a claim has epoch {claim.epoch}, but the next is {history.epoch + 1}"
+    try:
+        charter = open_charter(history.network_id, claim.manifest)
+        granted = history.grants(history.network_id, claim.manifest, signer)
+    except (MalformedError, ForgedError) as error:
+        return str(error)
+    if not granted:
+        return f"the owner does not let {signer} orchestrate this network"
+    limits = charter.limits
+    if limits.hosts_max and len(claim.hosts) > limits.hosts_max:
+        return f"a claim names {len(claim.hosts)} hosts; the owner allows {limits.hosts_max}"
+    if limits.claims_max and history.epoch >= limits.claims_max:
+        return f"the owner allows {limits.claims_max} claims, and all are used"
+    if bool(charter.keepers) != bool(entry.keepers):
+        return "a log is kept by peers, or in a store, as its manifest says"
+    if history.epoch:
+        return "only a network's first claim says how it begins" if _begins(claim) else ""
+    if not _begins(claim) or sha256(claim.genesis.graph) != charter.spec_digest:
+        return "a network's first claim does not hold the graph that its manifest names"
+    return ""
+
+
+def _begins(claim: log_pb2.Claim) -> bool:
+    return bool(claim.HasField("genesis"))
+
+
+def _void_commit(signer: str, commit: log_pb2.Commit, history: History) -> str:
     if not history.epoch or commit.epoch != history.epoch:
         return f"a commit has epoch {commit.epoch}, but the last claim has {history.epoch}"
     if signer != history.orchestrator:
@@ -229,14 +328,3 @@ def _void(signer: str, entry: log_pb2.LogEntry, history: History) -> str:
     if history.commit is not None and commit.step <= history.commit.step:
         return f"a commit is of step {commit.step}, but step {history.commit.step} is committed"
     return ""
-
-
-def _check_commit(commit: log_pb2.Commit) -> None:
-    if not 1 <= commit.epoch <= NUMBER_MAX or commit.step > NUMBER_MAX:
-        raise MalformedError("a commit has no epoch or no possible step")
-    if not 1 <= len(commit.states) <= STATES_MAX:
-        raise MalformedError(f"a commit names 1 to {STATES_MAX} states")
-    for vnode in sorted(commit.states):
-        blob = commit.states[vnode]
-        if not 1 <= len(vnode) <= 64 or len(blob.digest) != 32 or len(blob.holders) > HOLDERS_MAX:
-            raise MalformedError("a commit names a state that cannot be")

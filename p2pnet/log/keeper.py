@@ -1,9 +1,11 @@
 """A keeper of logs: the acceptor of one register a slot. A pure core (DESIGN D6).
 
 Single-decree Paxos for each slot (Lamport 2001, "Paxos made simple"), over the
-keepers that the entry before names, as in CASPaxos (Rystsov 2018). Only the next
-slot of a log is open; what is decided stays for ever and is told to whoever asks.
-Beyond Paxos a keeper knows the log's rules and refuses what would not count.
+keepers that the entry before names (of the first slot, that the manifest names),
+as in CASPaxos (Rystsov 2018). Only the next slot of a log is open; what is decided
+stays for ever and is told to whoever asks. Beyond Paxos a keeper knows the log's
+rules and refuses what would not count, signs what it accepts, and takes nothing
+for decided without a majority's votes (see `proof`).
 
 A `Persist` comes before the `Reply` that depends on it: it has to be on disk
 before the reply leaves. An event that is refused raises a RemoteError and changes
@@ -13,7 +15,7 @@ nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from google.protobuf.message import DecodeError
@@ -21,13 +23,16 @@ from google.protobuf.message import DecodeError
 from p2pnet.core import Tick
 from p2pnet.dht.manifest import check_network_id
 from p2pnet.errors import ForgedError, LocalError, MalformedError, RefusedError, RemoteError
+from p2pnet.keys import KeyPair
+from p2pnet.log.entry import parse_entry
 from p2pnet.log.history import (
     Grants,
     History,
     check_entry,
+    keepers_of_next,
     manifest_grants,
-    parse_entry,
 )
+from p2pnet.log.proof import BallotKey, check_decided, vote
 from p2pnet.v1 import common_pb2, log_pb2
 
 NETWORKS_MAX = 1_024
@@ -35,8 +40,6 @@ UNCLAIMED_MAX = 16  # logs without an entry, of one caller
 ROUND_MAX = 2**32
 BYTES_MAX = 256 << 20  # of all logs kept
 READ_BYTES_MAX = 2 << 20  # of one reply to ReadLog, or the first entry
-
-BallotKey = tuple[int, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,7 @@ Effect = Persist | Reply
 @dataclass(slots=True)
 class _Log:
     history: History
+    proofs: list[log_pb2.Proof] = field(default_factory=list)  # one an entry
     promised: BallotKey | None = None
     accepted: BallotKey | None = None
     entry: common_pb2.Signed | None = None  # what was accepted
@@ -101,8 +105,9 @@ class _Log:
     def size_bytes(self) -> int:
         return self.history.size_bytes + (len(self.entry.payload) if self.entry else 0)
 
-    def decide(self, signed: common_pb2.Signed) -> None:
+    def decide(self, signed: common_pb2.Signed, proof: log_pb2.Proof) -> None:
         self.history.add(signed)
+        self.proofs.append(proof)
         self.promised = self.accepted = self.entry = None
 
     def open_record(self) -> bytes:
@@ -117,10 +122,11 @@ class _Log:
 
 
 class Keeper:
-    """Keeps the logs of any number of networks, within limits. `me` is its peer id."""
+    """Keeps the logs of any number of networks, within limits. `key`: what it signs with."""
 
-    def __init__(self, me: str, grants: Grants = manifest_grants) -> None:
-        self._me = me
+    def __init__(self, key: KeyPair, grants: Grants = manifest_grants) -> None:
+        self._key = key
+        self._me = key.peer_id
         self._grants = grants
         self._logs: dict[str, _Log] = {}
 
@@ -161,6 +167,10 @@ class Keeper:
         log = self._logs.get(network_id)
         return None if log is None else log.history
 
+    def histories(self) -> list[History]:
+        """What is known to be decided of every log, by network id; not to be changed."""
+        return [log.history for _, log in sorted(self._logs.items())]
+
     # --- durable state ---
 
     def dump(self) -> dict[tuple[str, int], bytes]:
@@ -168,21 +178,24 @@ class Keeper:
         records: dict[tuple[str, int], bytes] = {}
         for network_id, log in sorted(self._logs.items()):
             for slot, signed in enumerate(log.history.entries, start=1):
-                records[network_id, slot] = _decided_record(signed)
+                records[network_id, slot] = _decided_record(signed, log.proofs[slot - 1])
             if log.promised is not None:
                 records[network_id, log.history.next_slot] = log.open_record()
         return records
 
     @classmethod
     def load(
-        cls, me: str, records: Mapping[tuple[str, int], bytes], grants: Grants = manifest_grants
+        cls,
+        key: KeyPair,
+        records: Mapping[tuple[str, int], bytes],
+        grants: Grants = manifest_grants,
     ) -> Self:
         """A keeper with the state that `dump` or `Persist` effects gave.
 
         Raises:
             LocalError: a record is damaged or missing, and which.
         """
-        keeper = cls(me, grants)
+        keeper = cls(key, grants)
         for network_id, slot in sorted(records):
             try:
                 record = log_pb2.PrepareReply.FromString(records[network_id, slot])
@@ -190,7 +203,7 @@ class Keeper:
                 if slot != log.history.next_slot or log.promised is not None:
                     raise MalformedError("the record before it is missing")
                 if record.decided:
-                    log.decide(record.entry)
+                    log.decide(record.entry, record.proof)
                 else:
                     log.promised = to_key(record.ballot)
                     if record.HasField("accepted"):
@@ -208,7 +221,8 @@ class Keeper:
     def _prepare(self, caller: str, request: log_pb2.PrepareRequest) -> list[Effect]:
         log = self._find(caller, request.network_id)
         if decided := log.history.entry(request.slot):
-            return [Reply(log_pb2.PrepareReply(decided=True, entry=decided))]
+            proof = log.proofs[request.slot - 1]
+            return [Reply(log_pb2.PrepareReply(decided=True, entry=decided, proof=proof))]
         if request.slot != log.history.next_slot:
             return [Reply(log_pb2.PrepareReply())]  # no ballot: "tell me what came before"
         ballot = self._ballot(caller, request.ballot, log)
@@ -234,10 +248,11 @@ class Keeper:
         ballot = self._ballot(caller, request.ballot, log)
         if log.promised is not None and ballot < log.promised:
             return [Reply(log_pb2.AcceptReply(ballot=to_ballot(log.promised)))]
-        entry = check_entry(request.entry, log.history)
-        if not log.history.keepers and self._me not in entry.keepers:
-            raise _refused("NOT_HOSTED", "the log's first entry names other keepers")
-        reply = Reply(log_pb2.AcceptReply(accepted=True, ballot=to_ballot(ballot)))
+        check_entry(request.entry, log.history)
+        if self._me not in keepers_of_next(log.history, request.entry):
+            raise _refused("NOT_HOSTED", "the network's manifest names other keepers")
+        signature = vote(self._key, request.ballot, request.entry)
+        reply = Reply(log_pb2.AcceptReply(accepted=True, ballot=to_ballot(ballot), vote=signature))
         if log.accepted == ballot and log.entry is not None:
             # One ballot stands for one entry: its proposer made it so, or lies.
             if log.entry.payload != request.entry.payload:
@@ -251,7 +266,9 @@ class Keeper:
     def _learn(self, caller: str, request: log_pb2.LearnRequest) -> list[Effect]:
         log = self._find(caller, request.network_id, request.entries[:1])
         effects: list[Effect] = []
-        for signed in request.entries:
+        if len(request.proofs) != len(request.entries):
+            raise MalformedError("entries are said to be decided without proofs")
+        for signed, proof in zip(request.entries, request.proofs, strict=True):
             try:
                 slot = parse_entry(signed).slot
                 known = log.history.entry(slot)
@@ -261,14 +278,14 @@ class Keeper:
                     continue
                 if slot > log.history.next_slot:
                     break  # a gap: who needs us to know tells us from the start, when we ask
-                check_entry(signed, log.history)
+                check_decided(signed, proof, log.history)
                 self._hold(log, caller, signed)
             except RemoteError:
                 if effects:
                     break  # what came before it is learned and has to be kept
                 raise
-            log.decide(signed)
-            effects.append(Persist(request.network_id, slot, _decided_record(signed)))
+            log.decide(signed, proof)
+            effects.append(Persist(request.network_id, slot, _decided_record(signed, proof)))
         return [*effects, Reply(log_pb2.LearnReply())]
 
     def _read(self, request: log_pb2.ReadLogRequest) -> log_pb2.ReadLogReply:
@@ -276,11 +293,15 @@ class Keeper:
         reply = log_pb2.ReadLogReply()
         log = self._logs.get(request.network_id)
         size_bytes = 0
-        for signed in log.history.entries[max(1, request.from_slot) - 1 :] if log else ():
+        if log is None:
+            return reply
+        for slot in range(max(1, request.from_slot), log.history.next_slot):
+            signed = log.history.entries[slot - 1]
             size_bytes += len(signed.payload)
             if size_bytes > READ_BYTES_MAX and reply.entries:
                 break
             reply.entries.append(signed)
+            reply.proofs.append(log.proofs[slot - 1])
         return reply
 
     # --- checks ---
@@ -336,8 +357,9 @@ def _persist(log: _Log) -> Persist:
     return Persist(log.history.network_id, log.history.next_slot, log.open_record())
 
 
-def _decided_record(signed: common_pb2.Signed) -> bytes:
-    return log_pb2.PrepareReply(decided=True, entry=signed).SerializeToString(deterministic=True)
+def _decided_record(signed: common_pb2.Signed, proof: log_pb2.Proof) -> bytes:
+    record = log_pb2.PrepareReply(decided=True, entry=signed, proof=proof)
+    return record.SerializeToString(deterministic=True)
 
 
 def _refused(code: str, detail: str) -> RefusedError:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from p2pnet import clock
 from p2pnet.errors import LocalError, ResourceError
+from p2pnet.keys import KeyPair
+from p2pnet.log.history import History
 from p2pnet.log.keeper import Accept, Event, Keeper, Learn, Persist, Prepare, Read, Reply
 from p2pnet.net.handlers import Caller, Method, unary
 from p2pnet.v1 import log_pb2
@@ -22,14 +24,14 @@ class KeeperService:
     Files: `<dir>/<network id>/<slot>`, each written whole and synced.
     """
 
-    def __init__(self, me: str, directory: Path) -> None:
+    def __init__(self, key: KeyPair, directory: Path) -> None:
         """Reads what was kept before.
 
         Raises:
             LocalError: a file is damaged, and which; nothing is thrown away.
         """
         self._directory = directory
-        self._core = Keeper.load(me, _read_all(directory))
+        self._core = Keeper.load(key, _read_all(directory))
         self._one_at_a_time = asyncio.Lock()
         self._broken = ""
 
@@ -43,6 +45,10 @@ class KeeperService:
                 "ReadLog": unary(self._read, log_pb2.ReadLogRequest, log_pb2.ReadLogReply),
             }
         }
+
+    def histories(self) -> list[History]:
+        """Every log that is kept here, by network id; not to be changed."""
+        return self._core.histories()
 
     async def _prepare(
         self, request: log_pb2.PrepareRequest, caller: Caller

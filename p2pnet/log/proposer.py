@@ -10,14 +10,16 @@ random wait, up to a limit.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from p2pnet.core import Tick
 from p2pnet.errors import RemoteError
 from p2pnet.keys import short
-from p2pnet.log.history import History, check_entry, parse_entry
-from p2pnet.log.keeper import ROUND_MAX, BallotKey, to_ballot, to_key
+from p2pnet.log.entry import parse_entry
+from p2pnet.log.history import History, check_entry, keepers_of_next
+from p2pnet.log.keeper import ROUND_MAX, to_ballot, to_key
+from p2pnet.log.proof import BallotKey, check_decided, check_vote, majority, prove
 from p2pnet.v1 import common_pb2, log_pb2
 
 ROUND_TIMEOUT_S = 2.0
@@ -69,6 +71,7 @@ class Decided:
     """The slot's entry. Where it is not `ours`, another proposer won the slot."""
 
     entry: common_pb2.Signed
+    proof: log_pb2.Proof
     ours: bool
 
 
@@ -86,8 +89,8 @@ Effect = Send | Decided | Failed
 class Proposer:
     """Drives the next slot of `history` until it is decided or the rounds are used up.
 
-    `keepers` are those of slot 1, whom no entry names; for later slots the history
-    knows. The history is read, never changed, and must not change meanwhile.
+    `proofs`, by slot, are those of the history's entries, to teach keepers that lag. The
+    history is read, never changed, and must not change meanwhile.
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class Proposer:
         entry: common_pb2.Signed,
         *,
         rng: random.Random,
-        keepers: Sequence[str] = (),
+        proofs: Mapping[int, log_pb2.Proof],
         round_timeout_s: float = ROUND_TIMEOUT_S,
         rounds_max: int = ROUNDS_MAX,
     ) -> None:
@@ -107,10 +110,11 @@ class Proposer:
         self._entry = entry
         self._network_id = check_entry(entry, history).network_id
         self._slot = history.next_slot
-        self._keepers = history.keepers or tuple(sorted(keepers))
+        self._keepers = keepers_of_next(history, entry)
         if not self._keepers:
-            raise ValueError("a log on peers needs at least one keeper")
-        self._majority = len(self._keepers) // 2 + 1
+            raise ValueError("this network's log is in a store, not on peers")
+        self._majority = majority(self._keepers)
+        self._proofs = dict(proofs)
         self._rng = rng
         self._timeout_s = round_timeout_s
         self._rounds_left = rounds_max
@@ -118,7 +122,7 @@ class Proposer:
         self._ballot: BallotKey = (0, me)
         self._round_seen = 0
         self._value: common_pb2.Signed | None = None  # proposed in this round; None: preparing
-        self._yes: dict[str, log_pb2.PrepareReply | None] = {}
+        self._yes: dict[str, log_pb2.PrepareReply | log_pb2.AcceptReply] = {}
         self._no: dict[str, str] = {}
         self._taught: dict[str, None] = {}
         self._waiting = False  # between two rounds
@@ -207,9 +211,11 @@ class Proposer:
         now: float,
     ) -> list[Effect]:
         if reply.decided:  # true whichever round it answers
-            if not self._holds(reply.entry):
-                return self._on_no(keeper, "its decided entry does not hold", now)
-            return self._decided(reply.entry)
+            try:
+                check_decided(reply.entry, reply.proof, self._history)
+            except RemoteError as error:
+                return self._on_no(keeper, f"its decided entry does not hold: {error}", now)
+            return self._decided(reply.entry, reply.proof)
         self._see(reply.ballot)
         if to_key(request.ballot) != self._ballot or self._value is not None or self._waiting:
             return []
@@ -218,7 +224,7 @@ class Proposer:
             if keeper in self._taught:
                 return self._on_no(keeper, "does not know the log", now)
             self._taught[keeper] = None
-            lessons = learn_requests(self._network_id, self._history.entries)
+            lessons = learn_requests(self._network_id, self._history.entries, self._proofs)
             return [Send(keeper, (*lessons, self._prepare()))]
         if not reply.promised:
             return self._on_no(keeper, "has promised a higher ballot", now)
@@ -231,7 +237,7 @@ class Proposer:
         accepted = [
             (to_key(promise.accepted), promise.entry)
             for promise in self._yes.values()
-            if promise is not None and promise.HasField("accepted")
+            if isinstance(promise, log_pb2.PrepareReply) and promise.HasField("accepted")
         ]
         self._value = max(accepted, key=lambda pair: pair[0])[1] if accepted else self._entry
         self._yes, self._no = {}, {}
@@ -251,11 +257,21 @@ class Proposer:
         self._see(reply.ballot)
         if not reply.accepted:
             return self._on_no(keeper, "has promised a higher ballot", now)
+        ballot = to_ballot(self._ballot)
+        try:
+            check_vote(keeper, reply.vote, ballot, self._value)
+        except RemoteError as error:
+            return self._on_no(keeper, str(error), now)
         self._no.pop(keeper, None)
-        self._yes[keeper] = None
+        self._yes[keeper] = reply
         if len(self._yes) < self._majority:
             return []
-        return self._decided(self._value)
+        votes = {
+            voter: given.vote
+            for voter, given in self._yes.items()
+            if isinstance(given, log_pb2.AcceptReply)
+        }
+        return self._decided(self._value, prove(ballot, votes))
 
     def _on_no(self, keeper: str, why: str, now: float) -> list[Effect]:
         if self._waiting or keeper in self._yes:
@@ -265,14 +281,15 @@ class Proposer:
             return []
         return self._end_round(now, "no answer")
 
-    def _decided(self, entry: common_pb2.Signed) -> list[Effect]:
+    def _decided(self, entry: common_pb2.Signed, proof: log_pb2.Proof) -> list[Effect]:
         self._done = True
         old = self._keepers
         new = [keeper for keeper in parse_entry(entry).keepers if keeper not in old]
-        tail = learn_requests(self._network_id, [entry])
-        everything = learn_requests(self._network_id, [*self._history.entries, entry])
+        proofs = {**self._proofs, self._slot: proof}
+        tail = learn_requests(self._network_id, [entry], proofs)
+        everything = learn_requests(self._network_id, [*self._history.entries, entry], proofs)
         return [
-            Decided(entry, ours=entry.payload == self._entry.payload),
+            Decided(entry, proof, ours=entry.payload == self._entry.payload),
             *(Send(keeper, tail) for keeper in old),
             *(Send(keeper, everything) for keeper in new),
         ]
@@ -291,15 +308,24 @@ class Proposer:
 
 
 def learn_requests(
-    network_id: str, entries: Sequence[common_pb2.Signed]
+    network_id: str,
+    entries: Sequence[common_pb2.Signed],
+    proofs: Mapping[int, log_pb2.Proof],
 ) -> tuple[log_pb2.LearnRequest, ...]:
-    """Decided entries, in order, as messages of a bounded size (or of one entry)."""
+    """Decided entries, in order, as messages of a bounded size (or of one entry).
+
+    It ends before an entry without a proof, which nobody would believe.
+    """
     requests: list[log_pb2.LearnRequest] = []
     size_bytes = 0
     for entry in entries:
+        proof = proofs.get(parse_entry(entry).slot)
+        if proof is None:
+            break
         size_bytes += len(entry.payload)
         if not requests or size_bytes > LEARN_BYTES_MAX:
             requests.append(log_pb2.LearnRequest(network_id=network_id))
             size_bytes = len(entry.payload)
         requests[-1].entries.append(entry)
+        requests[-1].proofs.append(proof)
     return tuple(requests)

@@ -18,6 +18,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
+from p2pnet.causality import Causality
 from p2pnet.errors import (
     CancelledByUs,
     LocalError,
@@ -34,9 +35,10 @@ from p2pnet.errors import (
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
-Metadata = tuple[tuple[str, bytes], ...]
+Metadata = tuple[tuple[str, str | bytes], ...]
 
 OPEN_METADATA = "p2pnet-open"  # what a server sends at once when it lets a stream in
+HLC_METADATA = "p2pnet-hlc"  # the sender's timestamp: with each call, reply and error
 MESSAGE_BYTES_MAX = 64 << 20
 DETAIL_CHARS_MAX = 500
 TARGET_CHARS_MAX = 255
@@ -94,10 +96,13 @@ class Stream(Generic[M]):
         try:
             async with asyncio.timeout(timeout_s):
                 reply = await self._channel.guard(self._call.read())
+                if not isinstance(reply, bytes):  # EOF
+                    self._channel.hear(await self._channel.guard(self._call.trailing_metadata()))
+                    return None
         except TimeoutError:
             self._channel.lost = True
             raise UnreachableError(f"{self._channel.who} sent nothing in time") from None
-        return parse(self._reply_type, reply) if isinstance(reply, bytes) else None  # or EOF
+        return parse(self._reply_type, reply)
 
     def cancel(self) -> None:
         """Ends the stream on both sides; nothing where it is over."""
@@ -109,13 +114,30 @@ class Stream(Generic[M]):
 
 
 class Channel:
-    """Calls to one server. `who` names it in errors; `local`: it is this user's own node."""
+    """Calls to one server.
 
-    def __init__(self, channel: grpc.aio.Channel, who: str, *, local: bool = False) -> None:
+    Args:
+        who: names it in errors.
+        local: it is this user's own node.
+        causality: the clock that calls and replies carry; none for who is no node.
+        peer_id: whose timestamps come back.
+    """
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        who: str,
+        *,
+        local: bool = False,
+        causality: Causality | None = None,
+        peer_id: str = "",
+    ) -> None:
         self.who = who
         self.lost = False  # a call found nobody there, or no answer in time
         self._channel = channel
         self._local = local
+        self._causality = causality
+        self._peer_id = peer_id
 
     async def call(
         self,
@@ -138,8 +160,12 @@ class Channel:
         unary: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
         unary = self._channel.unary_unary(_path(method))
         data = request.SerializeToString()
-        call = self._started(lambda: unary(data, timeout=timeout_s, metadata=metadata))
-        return parse(reply_type, await self.guard(call))
+        stamped = self._stamped(metadata)
+        call = self._started(lambda: unary(data, timeout=timeout_s, metadata=stamped))
+        reply = await self.guard(call)
+        if self._causality is not None:
+            self.hear(await self.guard(call.trailing_metadata()))
+        return parse(reply_type, reply)
 
     async def open(
         self, method: str, reply_type: type[M], *, timeout_s: float, metadata: Metadata = ()
@@ -152,13 +178,15 @@ class Channel:
         """
         open_stream: grpc.aio.StreamStreamMultiCallable[bytes, bytes]
         open_stream = self._channel.stream_stream(_path(method))
-        call = self._started(lambda: open_stream(timeout=timeout_s, metadata=metadata))
+        stamped = self._stamped(metadata)
+        call = self._started(lambda: open_stream(timeout=timeout_s, metadata=stamped))
         stream = Stream(call, reply_type, self)
         try:
             metadata_back = await self.guard(call.initial_metadata())
             if metadata_back.get(OPEN_METADATA) is None:
                 await stream.read()  # raises, with the reason
                 raise MalformedError(f"{self.who} ended a stream that it had not opened")
+            self.hear(metadata_back)
         except BaseException:
             stream.cancel()
             raise
@@ -200,7 +228,18 @@ class Channel:
         except grpc.aio.UsageError:
             raise CancelledByUs(_CLOSED) from None
 
+    def hear(self, metadata: grpc.aio.Metadata | None) -> None:
+        """Continues after the timestamp that an answer carries, if it does."""
+        if self._causality is not None and metadata is not None:
+            self._causality.incoming(metadata.get(HLC_METADATA), self._peer_id)
+
+    def _stamped(self, metadata: Metadata) -> Metadata:
+        if self._causality is None:
+            return metadata
+        return (*metadata, (HLC_METADATA, self._causality.outgoing()))
+
     def _error_of(self, error: grpc.aio.AioRpcError) -> P2PNetError:
+        self.hear(error.trailing_metadata())
         detail = _printable(error.details() or "")
         code = error.code()
         if self._local and (own := _LOCAL_ERRORS.get(code)) is not None:

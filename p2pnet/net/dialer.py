@@ -19,6 +19,7 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from p2pnet import clock
+from p2pnet.causality import Causality
 from p2pnet.errors import CancelledByUs, MalformedError, UnreachableError
 from p2pnet.keys import KeyPair, sha256, short
 from p2pnet.net.channel import (
@@ -96,8 +97,10 @@ class TcpDialer:
         versions: tuple[int, int] = PROTOCOL_VERSIONS,
         links_max: int = LINKS_MAX,
         target_s: float = TARGET_S,
+        causality: Causality | None = None,
     ) -> None:
         self._keypair = keypair
+        self._causality = causality
         self._versions = versions
         self._links_max = links_max
         self._target_s = target_s
@@ -223,7 +226,12 @@ class TcpDialer:
             except MalformedError as error:
                 failures.append(str(error))
                 continue
-            channel = Channel(raw, f"{_who(contact)} at {target}")
+            channel = Channel(
+                raw,
+                f"{_who(contact)} at {target}",
+                causality=self._causality,
+                peer_id=contact.peer_id,
+            )
             try:
                 return channel, await self._open_session(contact, channel)
             except UnreachableError as error:

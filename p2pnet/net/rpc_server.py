@@ -20,8 +20,9 @@ import grpc
 import grpc.aio
 
 from p2pnet import clock
+from p2pnet.causality import Causality
 from p2pnet.errors import ResourceError
-from p2pnet.net.channel import COMMON_OPTIONS, KEEPALIVE_S, OPEN_METADATA
+from p2pnet.net.channel import COMMON_OPTIONS, HLC_METADATA, KEEPALIVE_S, OPEN_METADATA
 from p2pnet.net.handlers import Caller, Context, Method, RawRequests, refusal_of, unary
 from p2pnet.net.session import PROTOCOL_VERSIONS, SECRET_BYTES, SESSION_METADATA, SessionTable
 from p2pnet.net.tls import ServerCertificate
@@ -55,9 +56,10 @@ class RpcServer:
         versions: tuple[int, int] = PROTOCOL_VERSIONS,
         calls_max: int = CALLS_MAX,
         calls_per_peer_max: int = CALLS_PER_PEER_MAX,
+        causality: Causality | None = None,
     ) -> None:
         self._certificate = certificate
-        self._door = _Door(calls_per_peer_max)
+        self._door = _Door(calls_per_peer_max, causality)
         if certificate is not None:
             self._door.sessions = SessionTable(certificate.digest, versions)
             self.add("Session", _session_service(self._door.sessions))
@@ -130,7 +132,8 @@ class _Door(grpc.GenericRpcHandler):
     A stranger is turned away before a byte of the request is read.
     """
 
-    def __init__(self, calls_per_peer_max: int) -> None:
+    def __init__(self, calls_per_peer_max: int, causality: Causality | None) -> None:
+        self._causality = causality
         self.methods: dict[str, Method] = {}
         self.sessions: SessionTable | None = None
         self._calls_per_peer_max = calls_per_peer_max
@@ -143,9 +146,12 @@ class _Door(grpc.GenericRpcHandler):
         path = str(handler_call_details.method)
         peer_id: str | None = ""
         if self.sessions is not None and path not in _OPEN_TO_ALL:
-            token = dict(handler_call_details.invocation_metadata or ()).get(SESSION_METADATA)
+            metadata = dict(handler_call_details.invocation_metadata or ())
+            token = metadata.get(SESSION_METADATA)
             known = isinstance(token, bytes) and self.sessions.caller(token, clock.now())
             peer_id = known or None
+            if peer_id is not None and self._causality is not None:
+                self._causality.incoming(metadata.get(HLC_METADATA), peer_id)
         if peer_id is None:
             # On the wire all kinds of call are alike; this one reads nothing.
             return grpc.stream_stream_rpc_method_handler(_refuse_stranger)
@@ -157,7 +163,7 @@ class _Door(grpc.GenericRpcHandler):
             return await self._answer(method, peer_id, _just(request), context)
 
         async def answer_stream(requests: RawRequests, context: Context) -> None:
-            await context.send_initial_metadata(((OPEN_METADATA, "1"),))
+            await context.send_initial_metadata(((OPEN_METADATA, "1"), *self._stamp()))
             await self._answer(method, peer_id, requests, context)
 
         if method.is_unary:
@@ -172,7 +178,9 @@ class _Door(grpc.GenericRpcHandler):
         try:
             with self._counted(peer_id):
                 async with asyncio.timeout(timeout_s):
-                    return await method.run(requests, Caller(peer_id, timeout_s), context.write)
+                    reply = await method.run(requests, Caller(peer_id, timeout_s), context.write)
+            context.set_trailing_metadata(self._stamp())
+            return reply
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -184,7 +192,11 @@ class _Door(grpc.GenericRpcHandler):
             code, detail = refusal_of(error)
             if code is grpc.StatusCode.INTERNAL:
                 logger.exception("a handler failed, called by %s", peer_id or "this user")
-        await context.abort(code, detail)
+        await context.abort(code, detail, self._stamp())
+
+    def _stamp(self) -> tuple[tuple[str, str], ...]:
+        """What an answer carries: the time after all that answering it did."""
+        return () if self._causality is None else ((HLC_METADATA, self._causality.outgoing()),)
 
     @contextmanager
     def _counted(self, peer_id: str) -> Iterator[None]:

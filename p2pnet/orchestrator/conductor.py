@@ -1,535 +1,841 @@
-"""A shell: one network in the hands of this orchestrator, from its first claim on.
+"""One network in the hands of this orchestrator, from its first claim on. A pure core.
 
-Whatever goes wrong (a host gone, a step stuck, a refusal) is dealt with in one
-way, which is also how a network begins: look who is there, place, claim the next
-epoch, allocate everything under it, start from the last committed cut. Nothing
-done under an older epoch can count afterwards, so nothing needs to be undone.
+    read the log ─► plan ─► claim ─► allocate ─► ready ◄─► steps, cuts, heartbeats
+                     ▲                              │
+                     └──── anything wrong ──────────┘
+
+Whatever goes wrong (a host gone, a step stuck, a refusal) is dealt with in one way,
+which is also how a network begins and how it is taken over: look who is there, plan,
+claim the next epoch, allocate everything under it, start from the last committed cut.
+Nothing done under an older epoch can count afterwards, so nothing needs to be undone.
+When the log has another orchestrator's newer claim, this one is over.
+
+What goes on while the network is ready is `Training`'s; moves in good order are `Move`s.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import Mapping
+from enum import Enum, auto
 
 from p2pnet.core import Tick
-from p2pnet.errors import P2PNetError, RefusedError, RemoteError, UnreachableError, UsageError
-from p2pnet.keys import short
-from p2pnet.log.shell import NetworkLog
-from p2pnet.orchestrator.cuts import Cuts
-from p2pnet.orchestrator.hosts import Hosts, by_host
-from p2pnet.orchestrator.ledger import (
-    Cut,
-    Decide,
-    EndOfData,
-    Event,
-    Finished,
-    Reported,
-    Saved,
-    Stalled,
-    StepLedger,
-)
-from p2pnet.orchestrator.placement import place
-from p2pnet.orchestrator.publish import Publisher
-from p2pnet.swarm import Swarm
-from p2pnet.tasks import TaskSet
-from p2pnet.v1 import common_pb2, orchestrator_pb2, pnode_pb2
+from p2pnet.errors import RemoteError
+from p2pnet.keys import KeyPair, short
+from p2pnet.log.history import History, check_entry, new_claim, new_closing
+from p2pnet.orchestrator import messages as m
+from p2pnet.orchestrator.allocations import allocate_requests, check_accepted
+from p2pnet.orchestrator.desk import REASON_CHARS_MAX, Desk
+from p2pnet.orchestrator.feeding import refused
+from p2pnet.orchestrator.hosts import by_host
+from p2pnet.orchestrator.moving import Move
+from p2pnet.orchestrator.training import Training
+from p2pnet.v1 import common_pb2, log_pb2, orchestrator_pb2, pnode_pb2
 from p2pnet.vnode.graph import CompiledGraph
-from p2pnet.vnode.network import BATCH_SAMPLES
-
-logger = logging.getLogger(__name__)
 
 LEASE_S = 60
 HEARTBEAT_S = 1.0
 WAIT_S = 5.0  # for hosts, or for the log's keepers, before looking again
-FUTILE_MAX = 3
-FIRST_TRIES = 5  # for a network that was never placed
+FUTILE_MAX = 3  # recoveries without a commit between; each is an entry of the log
+BACKOFF_S = 0.05
 BACKOFF_MAX_S = 2.0
-READY_TIMEOUT_S = 30.0
-LEAVE_TIMEOUT_S = 12.0
-REASON_CHARS_MAX = 200
-OUR_ERROR = "an error of this orchestrator: see its log"
+IMPROVE_S = 30.0
+ASK_S = 30.0
 RELOCATIONS_KEPT = 1000
 
-TrainEvent = orchestrator_pb2.TrainEvent
+STALE = common_pb2.REFUSAL_CODE_STALE_EPOCH
+BUSY = common_pb2.REFUSAL_CODE_BUSY
+FAILED = common_pb2.REFUSAL_CODE_FAILED
+CLOSED = common_pb2.REFUSAL_CODE_CLOSED
+DRAINING = common_pb2.REFUSAL_CODE_DRAINING
+# What a host says whose claim is another than ours: the log knows which counts.
+_LOOK_INTO_THE_LOG = (STALE, CLOSED, common_pb2.REFUSAL_CODE_UNKNOWN_EPOCH)
+
+_Asked = m.CutAsked | m.HostLeaves | m.Resign | m.CancelAsked
+
+
+class Phase(Enum):
+    """How far the network is on its way to being ready."""
+
+    READING = auto()
+    PLANNING = auto()
+    CLAIMING = auto()
+    ALLOCATING = auto()
+    READY = auto()
+    WAITING = auto()  # to plan again
+    OVER = auto()
+
+
+class _Entry(Enum):
+    """What is being appended to the log."""
+
+    CLAIM = auto()
+    COMMIT = auto()
+    CLOSING = auto()
 
 
 class Conductor:
-    """One network under this node's claim. Lives on the gRPC thread.
+    """One network under this node's claim.
 
     Args:
-        states: the states to start from before the first commit; a VNode
-            without one is initialised from the graph's seed.
+        history: the network's log as far as it is known, perhaps not at all. It is
+            changed here and by nobody else.
+        state_url: where its log and states live; "": on peers.
+        states: those that the network was submitted with; of a network that is in the
+            log already, its genesis says.
     """
 
     def __init__(
         self,
-        swarm: Swarm,
-        log: NetworkLog,
+        key: KeyPair,
+        history: History,
         manifest: common_pb2.Signed,
         graph: CompiledGraph,
-        network_id: str,
-        states: Mapping[str, common_pb2.BlobRef],
-        state_url: str,
+        *,
+        state_url: str = "",
+        states: Mapping[str, common_pb2.BlobRef] | None = None,
     ) -> None:
-        self.network_id = network_id
-        self.graph = graph
-        self.manifest = manifest
-        self.state = "placing"
-        self.detail = ""
-        self.epoch = 0
-        self.placement: dict[str, str] = {}  # VNode -> peer id
-        self.hosts = Hosts(swarm, graph.name)
-        self.cuts = Cuts(swarm, log, self.hosts, network_id, graph, states)
-        self._swarm = swarm
-        self._log = log
-        self._state_url = state_url
-        self._publisher = Publisher(swarm, network_id, graph.name, manifest, state_url, LEASE_S)
+        self.phase = Phase.READING
+        self.taken_over = 0  # the epoch that we took the network with, where it had another's
+        self._desk = Desk(
+            key,
+            history,
+            manifest,
+            graph,
+            state_url,
+            dict(states or {}),
+            trouble=self._trouble,
+            log_is_free=self._write,
+            alive={key.peer_id: None},
+        )
+        self._training = Training(self._desk)
+        self._begin: m.Begin | None = None
+        self._reason = ""
+        self._noticed_at: float | None = None  # since when something is wrong
+        self._futile = 0  # recoveries since the last commit
+        self._tries = 0  # allocations in a row that were not agreed to
+        self._plans: dict[m.Purpose, None] = {}  # that are being made
+        self._chosen: dict[str, str] = {}  # what is being claimed or allocated
+        self._reading = False
+        self._appending: _Entry | None = None
+        self._sent: common_pb2.Signed | None = None
+        self._asked: dict[str, None] = {}  # hosts whose answer to Allocate is awaited
+        self._acceptances: list[common_pb2.Signed] = []
+        self._disagreed = ""  # why the present allocation has failed
+        self._beating: dict[str, None] = {}
+        self._move: Move | None = None
+        self._leaves: dict[int, str] = {}  # asks of hosts that go
+        self._resigns: dict[int, None] = {}
+        self._cut_asks: dict[int, float] = {}  # until when
+        self._closing: tuple[int, common_pb2.Signed] | None = None
+        self._resume_at: float | None = None
+        self._beat_at = self._improve_at = 0.0
         self._relocations: list[orchestrator_pb2.Relocation] = []
         self._health: dict[str, pnode_pb2.HostedVNode] = {}
-        self._steps_decided = 0
-        self._futile = 0  # recoveries since the last commit
-        self._step_bytes = 0
-        self._ledger = self._new_ledger()
-        self._troubles: asyncio.Queue[str] = asyncio.Queue(maxsize=64)
-        self._noticed_at: float | None = None  # since when something is wrong
-        self._ready = asyncio.Event()
-        self._changed = asyncio.Event()  # a peer is there that was not
-        self._feeder: asyncio.Queue[TrainEvent] | None = None
-        self._dirty = False  # steps after the committed one may be under way
-        self._last_step: int | None = None  # of the feeder, once it has no more batches
-        self._last_cut: asyncio.Task[None] | None = None  # after the last feeder has left
-        self._last_decided: orchestrator_pb2.StepDecided | None = None
-        self._feeder_peer = ""
-        self._tasks = TaskSet(f"network {graph.name}", lambda error: self.trouble(OUR_ERROR))
 
-    # What the service calls
+    # The core
 
-    async def start(self) -> None:
-        """Places the network for the first time, then keeps it going in the background.
+    def handle(self, event: m.Event, now: float) -> list[m.Effect]:
+        """See `p2pnet.core.Core`."""
+        desk = self._desk
+        desk.now = now
+        if self.phase is Phase.OVER:
+            self._refuse(event)
+        else:
+            self._take(event)
+        out, desk.out = desk.out, []
+        return out
 
-        Raises:
-            UsageError: the swarm is too small for it.
-            RemoteError: it could not be claimed or placed.
-        """
-        await self._placement(probe=False)  # too small a swarm is said before any claim
-        await self._establish("submitted")
-        if self.cuts.states:  # a submitted model's own weights: into the log before all else
-            await self.cuts.make(self.placement, self.epoch, 0)
-        self._tasks.spawn(self._keep())
-        self._tasks.spawn(self._watch())
+    def deadline(self) -> float | None:
+        """See `p2pnet.core.Core`."""
+        times = [self._resume_at, *self._cut_asks.values()]
+        if self.phase is Phase.READY:
+            times += [self._beat_at, self._improve_at, self._training.deadline()]
+        return min((at for at in times if at is not None), default=None)
 
-    async def stop(self) -> None:
-        """Stops everything in the background."""
-        await self._tasks.close()
-        await self._log.close()
+    def check(self) -> None:
+        """See `p2pnet.core.Core`."""
+        self._training.check()
+        assert (self._appending is None) == (self._sent is None)
+        assert self._desk.ready == (self.phase is Phase.READY)
+        if self._desk.ready:
+            assert sorted(self.placement) == sorted(self.graph.vnodes())
+        if self.phase is Phase.ALLOCATING:
+            assert self._asked
+        if self.phase is Phase.OVER:
+            assert not any((self._leaves, self._resigns, self._cut_asks, self._closing))
 
-    async def abandon(self) -> None:
-        """Stops, takes back what was published, and lets hosts go that have agreed."""
-        await self.stop()
-        await self._publisher.close()
-        self.hosts.lost(list(self.placement.values()), [])
-        await self.hosts.release(
-            pnode_pb2.DropRequest(network_id=self.network_id, epoch=self.epoch)
-        )
+    # What there is to say
 
-    def report(self, request: orchestrator_pb2.ReportRequest, size_bytes: int) -> None:
-        """A VNode's report of a step: held gradients, or trouble."""
-        step = request.id
-        self._step_bytes += size_bytes
-        if step.epoch != self.epoch:
-            return
-        if request.HasField("held"):
-            held = request.held
-            self._feed_ledger(
-                Reported(
-                    request.vnode, step.epoch, step.step, held.loss, held.correct, held.samples
-                )
-            )
-            return
-        trouble, reason = request.trouble, request.trouble.reason[:REASON_CHARS_MAX]
-        if trouble.bad_input:
-            self._dirty = True
-            self._refuse_feeder(common_pb2.REFUSAL_CODE_BAD_REQUEST, reason)
-            return
-        if not trouble.host:  # its own failure
-            self.hosts.shun(self.placement[request.vnode])
-        self.trouble(f"{request.vnode}: {reason}", trouble.host)
+    @property
+    def _me(self) -> str:
+        return self._desk.key.peer_id
 
-    def trouble(self, reason: str, host: str = "") -> None:
-        """Something is wrong under the present epoch; `host` is the suspect, if there is one."""
-        if self._noticed_at is None:
-            self._noticed_at = self._swarm.now()
-        if not self._troubles.full():
-            self._troubles.put_nowait(reason)
-        logger.info("network %s: %s %s", self.graph.name, reason, host and f"({short(host)})")
+    @property
+    def graph(self) -> CompiledGraph:
+        """What is orchestrated."""
+        return self._desk.graph
 
-    def member_gone(self, peer_id: str, why: str) -> None:
-        """The membership no longer counts a peer among the living."""
-        if peer_id in self.placement.values():
-            self.trouble(f"peer {short(peer_id)} {why}", peer_id)
+    @property
+    def history(self) -> History:
+        """The network's log, as far as it is known here. Not to be changed."""
+        return self._desk.history
 
-    def member_came(self, peer_id: str) -> None:
-        """A peer is there that was not."""
-        self.hosts.came(peer_id)
-        self._changed.set()
+    @property
+    def manifest(self) -> common_pb2.Signed:
+        """What the network's owner signed."""
+        return self._desk.manifest
 
-    async def leaving(self, peer_id: str) -> None:
-        """A host is about to go: commits what is decided, then moves its VNodes away.
+    @property
+    def network_id(self) -> str:
+        """Whose conductor it is."""
+        return self._desk.history.network_id
 
-        Raises:
-            TimeoutError: the network is not placed anew in time.
-            P2PNetError: what is decided could not be committed.
-        """
-        if peer_id not in self.placement.values() or self.state == "lost":
-            return
-        self.hosts.leaves(peer_id)
-        async with asyncio.timeout(LEAVE_TIMEOUT_S):
-            await self._ready.wait()
-            if self._feeder is None and self._undecided_work():  # a feeder replays it
-                await self.commit()
-            self._ready.clear()
-            self.trouble(f"peer {short(peer_id)} is leaving", peer_id)
-            await self._ready.wait()
+    @property
+    def epoch(self) -> int:
+        """Of our last claim; 0: none yet."""
+        return self._desk.epoch
 
-    async def commit(self) -> None:
-        """A cut of the present state, where there is none; raises P2PNetError."""
-        try:
-            await asyncio.wait_for(self._ready.wait(), READY_TIMEOUT_S)
-        except TimeoutError:
-            raise UnreachableError(
-                f"{self.graph.name} is {self.state} for too long: {self.detail}"
-            ) from None
-        if self._feeder is None and not (self.cuts.committed and not self._undecided_work()):
-            await self.cuts.make(self.placement, self.epoch, self._ledger.decided)
-        if not self.cuts.committed:
-            raise RefusedError(
-                f"{self.graph.name} has no cut yet: ask again when it has trained for "
-                f"{self.graph.cut_every} steps",
-                code=int(common_pb2.REFUSAL_CODE_BUSY),
-            )
+    @property
+    def placement(self) -> Mapping[str, str]:
+        """VNode -> peer id of its host."""
+        return self._desk.placement
 
-    async def train(self, peer_id: str) -> asyncio.Queue[TrainEvent]:
-        """Takes a feeder; what it is to be told comes out of the queue.
+    @property
+    def state(self) -> str:
+        """In a word, for people: see `StatusReply.state`."""
+        return self._desk.state
 
-        Raises:
-            RefusedError: another feeder is at work.
-        """
-        if self._feeder is not None and peer_id == self._feeder_peer:
-            # It comes back by another way, before we have noticed that it was gone.
-            self._refuse_feeder(common_pb2.REFUSAL_CODE_BUSY, "the feeder has come back")
-            self.feeder_left(self._feeder)
-        if self._feeder is None and self._last_cut is not None:
-            await asyncio.wait((self._last_cut,))  # of the feeder before: we go on from there
-        if self._feeder is not None:
-            raise RefusedError(
-                f"{self.graph.name} is being trained by somebody else: wait until that is done",
-                code=int(common_pb2.REFUSAL_CODE_BUSY),
-            )
-        self._feeder = asyncio.Queue()
-        self._feeder_peer = peer_id
-        self._last_step = None
-        if self._dirty:  # half a step of the feeder before may be under way: begin an epoch
-            self._ready.clear()
-            self.trouble("a new training run begins")
-        elif self._ready.is_set():
-            self._feeder_may_begin()
-        return self._feeder  # else it is told at the end of what is going on
+    @property
+    def detail(self) -> str:
+        """Why it is in that state."""
+        return self._desk.detail
 
-    def end_of_data(self, last_step: int) -> None:
-        """The feeder has no more batches after that of `last_step`."""
-        self._last_step = last_step
-        self._feed_ledger(EndOfData(last_step))
+    @property
+    def committed_step(self) -> int:
+        """The step of the last commit; 0 if there is none."""
+        return self._desk.committed_step
 
-    def feeder_left(self, feeder: asyncio.Queue[TrainEvent]) -> None:
-        """A feeder's stream is closed."""
-        if feeder is not self._feeder:  # it is here again already
-            return
-        self._feeder = None
-        if self.state == "training":
-            self.state = "ready"
-        if self._ready.is_set() and self._undecided_work():
-            # not in the call of the feeder, which is cancelled if it hangs up first
-            self._last_cut = self._tasks.spawn(self._cut_the_rest(self.epoch, self._ledger.decided))
-
-    async def _cut_the_rest(self, epoch: int, step: int) -> None:
-        """Keeps what was decided; a half-done step is dropped at the next epoch."""
-        try:
-            await self.cuts.make(self.placement, epoch, step)
-        except P2PNetError as error:
-            logger.info("network %s: no cut at the end: %s", self.graph.name, error)
+    @property
+    def states(self) -> Mapping[str, common_pb2.BlobRef]:
+        """The states of the last commit, or those that the network was submitted with."""
+        return self._desk.states
 
     def locations(self) -> list[pnode_pb2.Location]:
         """Where every VNode lives."""
-        return [
-            pnode_pb2.Location(vnode=vnode, host=host, epoch=self.epoch)
-            for vnode, host in sorted(self.placement.items())
-        ]
+        return self._desk.locations()
 
     def status(self) -> orchestrator_pb2.StatusReply:
         """All that there is to say."""
+        desk, training = self._desk, self._training
         return orchestrator_pb2.StatusReply(
             network_id=self.network_id,
-            name=self.graph.name,
-            state=self.state,
-            epoch=self.epoch,
-            step=self._ledger.decided,
-            committed_step=self.cuts.step,
-            orchestrator=self._swarm.keypair.peer_id,
-            vnodes=[self._health[v] for v in self.graph.vnodes() if v in self._health],
-            locations=self.locations(),
+            name=desk.graph.name,
+            state=desk.state,
+            epoch=desk.epoch,
+            step=training.step,
+            committed_step=desk.committed_step,
+            orchestrator=desk.key.peer_id,
+            vnodes=[self._health[v] for v in desk.graph.vnodes() if v in self._health],
+            locations=desk.locations(),
             relocations=self._relocations,
-            states=self.cuts.states,
-            steps_decided=self._steps_decided,
-            step_bytes=self._step_bytes,
-            detail=self.detail,
-            graph=self.graph.to_json(),
+            states=desk.states,
+            steps_decided=training.steps_decided,
+            step_bytes=training.step_bytes,
+            detail=desk.detail,
+            graph=desk.graph.to_json(),
+            taken_over=self.taken_over,
         )
 
-    # Placing and recovering
+    # Events
 
-    async def _keep(self) -> None:
-        """Deals with one trouble after the other, for as long as the network is ours."""
-        while True:
-            reason = await self._troubles.get()
-            if self._futile > FUTILE_MAX:  # each try is an entry of the log
-                await asyncio.sleep(min(0.1 * 2 ** (self._futile - FUTILE_MAX), WAIT_S))
-            self._futile += 1
+    def _take(self, event: m.Event) -> None:
+        match event:
+            case m.Begin():
+                self._begin = event
+                self._read_log()
+            case m.LogRead():
+                self._log_read(event)
+            case m.LogSilent():
+                self._log_silent(event.reason)
+            case m.Appended():
+                self._appended(event.entry)
+            case m.NotAppended():
+                self._not_appended(event.reason)
+            case m.Planned():
+                self._planned(event)
+            case m.Allocated():
+                self._allocated(event)
+            case m.NotAllocated():
+                if event.epoch == self.epoch and event.host in self._asked:
+                    self._disagrees(event.host, event.reason, event.code)
+            case m.HostReady():
+                self._host_ready(event)
+            case m.Beaten() | m.NotBeaten():
+                self._heartbeat_answered(event)
+            case m.MemberGone():
+                self._member_gone(event)
+            case m.MemberCame():
+                self._member_came(event.peer_id)
+            case m.CutAsked() | m.HostLeaves() | m.Resign() | m.CancelAsked():
+                self._asked_for(event)
+            case Tick():
+                self._tick()
+            case _:
+                self._training.take(event)
+
+    def _refuse(self, event: m.Event) -> None:
+        """It is over: whoever still comes is told so."""
+        code = CLOSED if self.state == "closed" else STALE
+        match event:
+            case m.FeederCame():
+                self._desk.out.append(m.Tell(event.feeder, refused(code, self.detail)))
+            case m.CutAsked() | m.HostLeaves() | m.Resign() | m.CancelAsked():
+                self._desk.answer(event.ask, code, self.detail)
+            case _:
+                pass
+
+    def _tick(self) -> None:
+        now = self._desk.now
+        for ask in [ask for ask, until in self._cut_asks.items() if now >= until]:
+            del self._cut_asks[ask]
+            self._desk.answer(ask, BUSY, f"{self.graph.name} is {self.state}: {self.detail}")
+        if self._resume_at is not None and now >= self._resume_at:
+            self._resume_at = None
+            if self._begin is not None:
+                self._read_log()
+            else:
+                self._plan()
+        if self.phase is Phase.READY:
+            self._training.tick()
+        if self.phase is Phase.READY and now >= self._beat_at:
+            self._beat_at = now + HEARTBEAT_S
+            self._beat()
+        if self.phase is Phase.READY and now >= self._improve_at:
+            self._improve_at = now + IMPROVE_S
+            if self._move is None and not self._training.uncommitted:
+                self._start_move(m.Purpose.IMPROVE, "a better placement")
+
+    # The log
+
+    def _read_log(self) -> None:
+        if not self._reading:
+            self._reading = True
+            self._desk.out.append(m.ReadLog(self.history.next_slot))
+
+    def _log_read(self, event: m.LogRead) -> None:
+        self._reading = False
+        if self._appending is None:  # else the answer to that will tell
             try:
-                await self._establish(reason)
-            except RefusedError as error:  # another orchestrator has it now
-                self.state, self.detail = "lost", str(error)
-                self._refuse_feeder(common_pb2.REFUSAL_CODE_STALE_EPOCH, str(error))
-                logger.error("network %s: %s", self.graph.name, error)
-                await self._publisher.close()
+                self.history.extend(event.entries)
+            except RemoteError as error:
+                self._log_silent(str(error))
                 return
-            except Exception as error:  # no majority of keepers, say, or an error of ours
-                if not isinstance(error, P2PNetError):
-                    logger.exception("network %s: %s", self.graph.name, OUR_ERROR)
-                self._wait_because(error)
-                await self._wait_for_peers()
-                self.trouble(reason)
+        if self.history.closing is not None:
+            self._closed()
+        elif self._begin is not None:
+            self._begin_with_log(self._begin)
+        elif self._is_lost(self.epoch):
+            self._lost()
 
-    async def _establish(self, reason: str) -> None:
-        """Places everything under a new epoch; returns when all hosts have agreed."""
-        noticed_at = self._noticed_at if self._noticed_at is not None else self._swarm.now()
-        self._ready.clear()
-        self.state = "recovering" if self.placement else "placing"
-        self._swarm.emit("recovering", network=self.graph.name, reason=reason, epoch=self.epoch)
-        self._tell(TrainEvent(recovering=orchestrator_pb2.Recovering(reason=reason)))
-        tries = 0
-        while True:
-            try:
-                placement = await self._placement(probe=True)
-            except UsageError as error:
-                if not self.placement:
-                    raise
-                self._wait_because(error)
-                await self._wait_for_peers()
-                continue
-            self.epoch = await self._log.claim(reason)
-            if await self._allocate(placement):
-                break
-            # Some may have agreed, and are not chosen again.
-            self.hosts.lost(list(placement.values()), list(self.placement.values()))
-            tries += 1
-            if not self.placement and tries >= FIRST_TRIES:
-                raise UnreachableError("the chosen hosts did not agree to host it; try again")
-            await asyncio.sleep(min(0.05 * 2**tries, BACKOFF_MAX_S))
-        self._note_relocations(placement, reason, noticed_at)
-        self.hosts.lost(list(self.placement.values()), list(placement.values()))
-        self.placement = placement
-        while not self._troubles.empty():  # of the epochs before; heartbeats see what is left
-            self._troubles.get_nowait()
-        self._noticed_at = None
-        self.state, self.detail = "ready", ""
-        self._dirty = False
-        self._ledger = self._new_ledger()
-        self._swarm.emit("placed", network=self.graph.name, epoch=self.epoch, placement=placement)
-        self._ready.set()
-        if self._feeder is not None:
-            self._feeder_may_begin()
+    def _log_silent(self, reason: str) -> None:
+        self._reading = False
+        if self._begin is None:
+            return  # it was only looked into; commits and claims will tell
+        if self._begin.epoch == 0:
+            self._over(FAILED, f"the network's log cannot be reached: {reason}")
+        else:
+            self._wait(f"the network's log cannot be read: {reason}")
 
-    async def _placement(self, *, probe: bool) -> dict[str, str]:
-        present = sorted(set(self.placement.values())) if probe else []
-        hosts = await self.hosts.usable(present)
-        placed = place(self.graph, hosts, batch_size=BATCH_SAMPLES, current=self.placement)
-        return dict(placed.assignments)
-
-    async def _allocate(self, placement: Mapping[str, str]) -> bool:
-        """Asks every host to take its VNodes under the present epoch; says so in the DHT."""
-        locations = [
-            pnode_pb2.Location(vnode=vnode, host=host, epoch=self.epoch)
-            for vnode, host in sorted(placement.items())
-        ]
-        states = self.cuts.states
-        requests = {
-            host: pnode_pb2.AllocateRequest(
-                network_id=self.network_id,
-                epoch=self.epoch,
-                manifest=self.manifest,
-                graph=self.graph.to_json(),
-                vnodes=vnodes,
-                lease_s=LEASE_S,
-                step=self.cuts.step,
-                states={vnode: states[vnode] for vnode in vnodes if vnode in states},
-                locations=locations,
-                state_url=self._state_url,
+    def _begin_with_log(self, begin: m.Begin) -> None:
+        history = self.history
+        if self._is_lost(begin.epoch):
+            self._lost()
+            return
+        self._begin = None
+        self._desk.placement = dict(history.placement)
+        if history.epoch:
+            self.taken_over = history.epoch + 1
+            self._desk.note(
+                "taken_over",
+                epoch=self.taken_over,
+                from_host=history.orchestrator,
+                reason=begin.reason,
             )
-            for host, vnodes in by_host(placement).items()
-        }
-        accepted = await self.hosts.allocate(requests)
-        if accepted is None:
-            return False
-        await self._publisher.publish(
-            self.epoch, accepted, self.graph.vnodes(), self._log.keepers()
-        )
-        return True
+        self._recover(begin.reason)
 
-    def _note_relocations(
-        self, placement: Mapping[str, str], reason: str, noticed_at: float
-    ) -> None:
-        for vnode, host in sorted(placement.items()):
-            before = self.placement.get(vnode)
+    def _is_lost(self, epoch: int) -> bool:
+        """Whether the log has a claim after that epoch which is not ours."""
+        history = self.history
+        return history.epoch > epoch and history.orchestrator != self._me
+
+    def _append(self, what: _Entry, entry: common_pb2.Signed) -> None:
+        self._appending, self._sent = what, entry
+        self._desk.out.append(m.Append(entry))
+
+    def _appended(self, winner: common_pb2.Signed) -> None:
+        what, sent = self._appending, self._sent
+        if what is None or sent is None:
+            return
+        before, commit, states = self.history.epoch, self.history.commit, self.states
+        try:
+            void = self.history.add(winner)
+        except RemoteError as error:
+            self._not_appended(str(error))
+            return
+        self._appending = self._sent = None
+        if self.history.closing is not None:
+            self._closed()
+            return
+        if self._is_lost(before):
+            self._lost()
+            return
+        ours = winner.payload == sent.payload
+        if ours and void:
+            self._over(FAILED, f"an entry of the log does not count: {void}")
+            return
+        if self.history.commit is not commit and self.history.orchestrator == self._me:
+            self._committed(states)  # by this one, or one of ours that we had given up
+        if what is _Entry.CLAIM and ours:
+            self._claimed(winner)
+        else:
+            self._write()
+
+    def _not_appended(self, reason: str) -> None:
+        what = self._appending
+        self._appending = self._sent = None
+        if what is _Entry.CLOSING and self._closing is not None:
+            ask, _ = self._closing
+            self._closing = None
+            self._desk.answer(ask, FAILED, f"the log cannot be written: {reason}")
+        if what is _Entry.COMMIT:
+            self._training.not_committed(reason)
+        if self.phase is Phase.CLAIMING:
+            self._wait(reason)
+
+    def _write(self) -> None:
+        """The log is free for what waits for it, if it is."""
+        if self._appending is not None:
+            return
+        if self._closing is not None:
+            self._close(*self._closing)
+        elif self.phase in (Phase.CLAIMING, Phase.READY):
+            # What is stored already need not be done again: before a claim, too.
+            commit = self._training.commit_entry()
+            if commit is not None:
+                self._append(_Entry.COMMIT, commit)
+            elif self.phase is Phase.CLAIMING:
+                self._claim()
+
+    def _committed(self, before: Mapping[str, common_pb2.BlobRef]) -> None:
+        self._futile = 0
+        self._training.committed(before)
+        if self.phase is Phase.READY:
+            self._move_on()
+        if self.phase is Phase.READY:
+            self._serve_asks()
+
+    # From trouble to ready
+
+    def _trouble(self, reason: str) -> None:
+        """Something is wrong under the present epoch."""
+        if self.phase is Phase.READY:
+            self._recover(reason)
+
+    def _recover(self, reason: str) -> None:
+        self._interrupt(reason)
+        self._futile += 1
+        if self._futile > FUTILE_MAX:
+            self.phase = Phase.WAITING
+            backoff_s = 0.1 * 2 ** min(self._futile - FUTILE_MAX, 8)
+            self._resume_at = self._desk.now + min(backoff_s, WAIT_S)
+        else:
+            self._plan()
+
+    def _interrupt(self, reason: str) -> None:
+        desk = self._desk
+        if self._noticed_at is None:
+            self._noticed_at = desk.now
+        self._reason = reason[:REASON_CHARS_MAX]
+        self._move = None
+        desk.ready = False
+        desk.state = "recovering" if desk.placement else "placing"
+        desk.note("recovering", reason=self._reason, epoch=desk.epoch)
+        self._training.interrupt(self._reason)
+
+    def _wait(self, reason: str, wait_s: float = WAIT_S) -> None:
+        self.phase = Phase.WAITING
+        self._desk.state, self._desk.detail = "waiting", reason
+        self._resume_at = self._desk.now + wait_s
+        self._desk.note("waiting", reason=reason)
+
+    def _plan(self) -> None:
+        self.phase = Phase.PLANNING
+        self._make_plan(m.Purpose.PLACE, tuple(sorted({*self.placement.values()})))
+
+    def _make_plan(self, purpose: m.Purpose, probe: tuple[str, ...] = ()) -> None:
+        desk = self._desk
+        if purpose not in self._plans:
+            self._plans[purpose] = None
+            barred = desk.hosts.barred(desk.now)
+            desk.out.append(m.MakePlan(purpose, dict(desk.placement), barred, probe))
+
+    def _planned(self, event: m.Planned) -> None:
+        desk = self._desk
+        self._plans.pop(event.purpose, None)
+        if event.alive:
+            desk.alive = dict.fromkeys((*event.alive, desk.key.peer_id))
+        for host in event.absent:
+            desk.hosts.shun(host, desk.now)
+        if event.purpose is not m.Purpose.PLACE:
+            self._move_planned(event)
+        elif self.phase is not Phase.PLANNING:
+            return
+        elif event.placement is None:
+            if self.history.epoch == 0:
+                self._over(FAILED, event.reason)
+            else:
+                self._wait(event.reason)
+        elif not desk.well(event.placement):
+            self._plan()  # somebody failed meanwhile
+        else:
+            self._chosen = dict(event.placement)
+            self.phase = Phase.CLAIMING
+            self._write()
+
+    def _claim(self) -> None:
+        desk = self._desk
+        genesis = None
+        if desk.history.next_slot == 1:
+            genesis = log_pb2.Genesis(graph=desk.graph.to_json(), states=desk.submitted)
+        entry = new_claim(
+            desk.history,
+            desk.key,
+            desk.manifest,
+            placement=self._chosen,
+            keepers=desk.next_keepers,
+            reason=self._reason,
+            genesis=genesis,
+        )
+        try:
+            check_entry(entry, desk.history)
+        except RemoteError as error:  # not granted, or more than the owner's limits allow
+            self._over(FAILED, str(error))
+            return
+        self._append(_Entry.CLAIM, entry)
+
+    def _claimed(self, entry: common_pb2.Signed) -> None:
+        desk = self._desk
+        desk.epoch = desk.history.epoch
+        slot = len(desk.history.entries)
+        desk.note("claimed", epoch=desk.epoch, slot=slot, reason=self._reason)
+        self.phase = Phase.ALLOCATING
+        self._acceptances.clear()
+        self._disagreed = ""
+        requests = allocate_requests(
+            desk.history,
+            desk.graph,
+            entry,
+            self._chosen,
+            lease_s=LEASE_S,
+            step=desk.committed_step,
+            states=desk.states,
+            state_url=desk.state_url,
+        )
+        self._asked = dict.fromkeys(requests)
+        desk.out += [m.Allocate(host, request) for host, request in requests.items()]
+
+    def _allocated(self, event: m.Allocated) -> None:
+        if event.epoch != self.epoch or event.host not in self._asked:
+            return
+        wanted = by_host(self._chosen)[event.host]
+        try:
+            check_accepted(self.network_id, self.epoch, event.host, wanted, event.acceptances)
+        except RemoteError as error:
+            self._disagrees(event.host, str(error), 0)
+            return
+        self._acceptances += event.acceptances
+        self._answered(event.host)
+
+    def _disagrees(self, host: str, reason: str, code: int) -> None:
+        self._desk.hosts.shun(host, self._desk.now)
+        self._disagreed = self._disagreed or f"peer {short(host)} did not agree: {reason}"
+        self._desk.note("refused", host=host, epoch=self.epoch, reason=reason)
+        if code in _LOOK_INTO_THE_LOG:
+            self._read_log()
+        self._answered(host)
+
+    def _answered(self, host: str) -> None:
+        del self._asked[host]
+        if self._asked:
+            return
+        if not self._disagreed:
+            self._placed()
+            return
+        # Some may have agreed, and are not chosen again.
+        self._desk.hosts.lost(self._chosen.values(), self.placement.values())
+        self._tries += 1
+        self._wait(self._disagreed, min(BACKOFF_S * 2 ** min(self._tries, 8), BACKOFF_MAX_S))
+
+    def _placed(self) -> None:
+        desk = self._desk
+        self._note_relocations()
+        desk.hosts.lost(desk.placement.values(), self._chosen.values())
+        desk.placement = dict(self._chosen)
+        self.phase = Phase.READY
+        desk.ready = True
+        desk.state, desk.detail = "ready", ""
+        self._noticed_at, self._tries = None, 0
+        self._beating.clear()
+        self._beat_at = desk.now + HEARTBEAT_S
+        self._improve_at = desk.now + IMPROVE_S
+        desk.out.append(m.Publish(desk.epoch, tuple(self._acceptances), desk.history.keepers))
+        desk.note("placed", epoch=desk.epoch, placement=dict(desk.placement))
+        self._training.begin_epoch()
+        if self.phase is Phase.READY:
+            self._serve_asks()
+
+    def _note_relocations(self) -> None:
+        desk = self._desk
+        since = desk.now if self._noticed_at is None else self._noticed_at
+        for vnode, host in sorted(self._chosen.items()):
+            before = desk.placement.get(vnode)
             if before is None or before == host:
                 continue
-            relocation = orchestrator_pb2.Relocation(
+            moved = orchestrator_pb2.Relocation(
                 vnode=vnode,
                 from_host=before,
                 to_host=host,
-                epoch=self.epoch,
-                reason=reason,
-                seconds=self._swarm.now() - noticed_at,
+                epoch=desk.epoch,
+                reason=self._reason,
+                seconds=desk.now - since,
             )
-            self._relocations.append(relocation)
-            self._swarm.emit(
-                "relocated", vnode=vnode, from_host=before, to_host=host, reason=reason
+            self._relocations.append(moved)
+            desk.note(
+                "relocated",
+                vnode=vnode,
+                from_host=before,
+                to_host=host,
+                epoch=desk.epoch,
+                reason=self._reason,
             )
         del self._relocations[:-RELOCATIONS_KEPT]
 
-    def _wait_because(self, error: Exception) -> None:
-        self.state, self.detail = "waiting", str(error)
-        logger.warning("network %s waits: %s", self.graph.name, error)
+    # Moves in good order
 
-    async def _wait_for_peers(self) -> None:
-        self._changed.clear()
+    def _start_move(self, purpose: m.Purpose, reason: str) -> None:
+        self._move = Move(purpose, reason)
+        self._make_plan(purpose)
+
+    def _move_planned(self, event: m.Planned) -> None:
+        desk, move = self._desk, self._move
+        if move is None or move.purpose is not event.purpose or self.phase is not Phase.READY:
+            return
+        if event.placement is None or dict(event.placement) == desk.placement:
+            self._move = None
+            if event.purpose is m.Purpose.MOVE:
+                self._nowhere_to_go(event.reason)
+        elif not desk.well(event.placement):
+            self._move = None  # somebody failed meanwhile
+            self._serve_asks()
+        else:
+            move.reason = event.reason or move.reason
+            move.begin(dict(event.placement), desk)
+
+    def _nowhere_to_go(self, reason: str) -> None:
+        for ask in list(self._leaves):
+            del self._leaves[ask]
+            self._desk.answer(ask, FAILED, f"the VNodes have nowhere to go: {reason}")
+
+    def _host_ready(self, event: m.HostReady) -> None:
+        move = self._move
+        if move is None or self.phase is not Phase.READY:
+            return
+        if not move.host_ready(event, self._desk):
+            if not move.given_up:
+                self._make_plan(move.purpose)
+                return
+            self._move = None
+            if move.purpose is m.Purpose.MOVE:
+                self._nowhere_to_go(event.error)
+        elif move.cutting:
+            self._training.last_cut(move.newcomers(self._desk))
+            self._move_on()
+
+    def _move_on(self) -> None:
+        """Claims the placement of a move, once all that is decided is committed."""
+        move = self._move
+        if move is None or not move.cutting or self._training.undecided_work:
+            return
+        if not self._desk.well(move.placement):
+            self._recover(move.reason)
+            return
+        self._chosen = move.placement
+        self._interrupt(move.reason)
+        self.phase = Phase.CLAIMING
+        self._write()
+
+    # Hosts and members
+
+    def _beat(self) -> None:
+        desk = self._desk
+        for host in desk.hosts.to_release(desk.alive):
+            desk.out.append(m.Release(host, desk.epoch - 1))
+        for host in by_host(desk.placement):
+            if host not in self._beating:
+                self._beating[host] = None
+                request = pnode_pb2.HeartbeatRequest(
+                    network_id=self.network_id, epoch=desk.epoch, lease_s=LEASE_S
+                )
+                desk.out.append(m.Beat(host, request))
+
+    def _heartbeat_answered(self, event: m.Beaten | m.NotBeaten) -> None:
+        desk = self._desk
+        if event.epoch != desk.epoch or self.phase is not Phase.READY:
+            return
+        self._beating.pop(event.host, None)
+        vnodes = by_host(desk.placement).get(event.host, ())
+        if isinstance(event, m.NotBeaten):
+            if desk.hosts.missed(event.host):
+                self._trouble(f"peer {short(event.host)} misses heartbeats: {event.reason}")
+            return
+        desk.hosts.answered(event.host)
+        if event.refusal is not None and event.refusal.code in _LOOK_INTO_THE_LOG:
+            self._read_log()
+        rows = {row.vnode: row for row in event.rows if not row.error}
+        lost = [vnode for vnode in vnodes if vnode not in rows]
+        if event.refusal is not None or lost:
+            desk.hosts.shun(event.host, desk.now)
+            self._trouble(f"peer {short(event.host)} no longer runs {', '.join(lost or vnodes)}")
+            return
+        for vnode in vnodes:
+            self._health[vnode] = rows[vnode]
+
+    def _member_gone(self, event: m.MemberGone) -> None:
+        desk = self._desk
+        desk.alive.pop(event.peer_id, None)
+        reason = f"peer {short(event.peer_id)} {event.why}"
+        if self.phase is Phase.ALLOCATING and event.peer_id in self._chosen.values():
+            desk.hosts.shun(event.peer_id, desk.now)
+            self._disagreed = self._disagreed or reason
+            if event.peer_id in self._asked:
+                self._answered(event.peer_id)
+        elif event.peer_id in desk.placement.values():
+            self._trouble(reason)
+
+    def _member_came(self, peer_id: str) -> None:
+        desk = self._desk
+        desk.alive[peer_id] = None
+        desk.hosts.came(peer_id)
+        if self.phase is Phase.WAITING and self._resume_at is not None:
+            self._resume_at = min(self._resume_at, desk.now + BACKOFF_S)
+
+    # What is asked for
+
+    def _asked_for(self, event: _Asked) -> None:
+        desk = self._desk
+        match event:
+            case m.CutAsked():
+                self._cut_asks[event.ask] = desk.now + ASK_S
+            case m.HostLeaves():
+                desk.hosts.leaves(event.peer_id)
+                self._leaves[event.ask] = event.peer_id
+            case m.Resign():
+                self._resigns[event.ask] = None
+            case m.CancelAsked():
+                if self._closing is not None:
+                    desk.answer(event.ask, BUSY, "it is being cancelled already")
+                    return
+                self._closing = (event.ask, event.cancellation)
+                self._write()
+                return
+        if self.phase is Phase.READY:
+            self._serve_asks()
+        elif self._resigns and self.phase is not Phase.CLAIMING:
+            self._resign()  # whoever comes next finds the log as it is
+
+    def _serve_asks(self) -> None:
+        """Does what was asked for, as far as it can be done now."""
+        for ask in list(self._cut_asks):
+            self._serve_cut(ask)
+        hosts = {*self.placement.values()}
+        for ask in [ask for ask, peer in self._leaves.items() if peer not in hosts]:
+            del self._leaves[ask]
+            self._desk.answer(ask)
+        if self._leaves and (self._move is None or self._move.purpose is not m.Purpose.MOVE):
+            leaving = next(iter(self._leaves.values()))
+            self._start_move(m.Purpose.MOVE, f"peer {short(leaving)} is leaving")
+        if self._resigns and not self._leaves and self._move is None:
+            self._training.last_cut()
+            if self._resigns and not self._training.undecided_work:
+                self._resign()
+
+    def _serve_cut(self, ask: int) -> None:
+        training, committed = self._training, self.history.commit is not None
+        if training.feeding and not committed:
+            del self._cut_asks[ask]
+            self._desk.answer(
+                ask,
+                BUSY,
+                f"{self.graph.name} has no cut yet: ask again when it has trained for "
+                f"{self.graph.cut_every} steps",
+            )
+        elif committed and (training.feeding or not training.undecided_work):
+            del self._cut_asks[ask]
+            self._desk.answer(ask)
+        else:
+            training.cut_now()
+
+    def _resign(self) -> None:
+        asks, self._resigns = list(self._resigns), {}
+        for ask in asks:
+            self._desk.answer(ask)
+        self._over(DRAINING, "its orchestrator has handed it over")
+
+    def _close(self, ask: int, cancellation: common_pb2.Signed) -> None:
+        """Ends the log with the owner's cancellation."""
+        desk = self._desk
+        entry = new_closing(desk.history, desk.key, cancellation)
         try:
-            async with asyncio.timeout(WAIT_S):
-                await self._changed.wait()
-        except TimeoutError:
-            pass
-
-    # Steps and cuts
-
-    def _new_ledger(self) -> StepLedger:
-        return StepLedger(
-            vnodes=tuple(self.graph.vnodes()),
-            loss=self.graph.loss.id,
-            epoch=self.epoch,
-            step=self.cuts.step,
-            cut_every=self.graph.cut_every,
-        )
-
-    def _undecided_work(self) -> bool:
-        return self._ledger.decided > self.cuts.step
-
-    def _feeder_may_begin(self) -> None:
-        self.state = "training"
-        self._dirty = True
-        self._ledger = self._new_ledger()
-        ready = orchestrator_pb2.TrainReady(
-            epoch=self.epoch,
-            step=self.cuts.step,
-            locations=self.locations(),
-            graph=self.graph.to_json(),
-        )
-        self._tell(TrainEvent(ready=ready))
-        decided = self._last_decided
-        if decided is not None and decided.step == self.cuts.step:
-            # It may have been committed, and the feeder cut off before it heard of it.
-            decided.epoch = self.epoch
-            self._tell(TrainEvent(decided=decided))
-        if self._last_step is not None:
-            self._feed_ledger(EndOfData(self._last_step))
-
-    def _feed_ledger(self, event: Event) -> None:
-        ledger = self._ledger
-        for effect in ledger.handle(event, self._swarm.now()):
-            match effect:
-                case Decide():
-                    self._decided(ledger.epoch, effect)
-                case Cut():
-                    self._tasks.spawn(self._cut(effect.step, ledger))
-                case Finished():
-                    self._dirty = False
-                    self.state = "ready"
-                    done = orchestrator_pb2.TrainDone(step=effect.step, states=self.cuts.states)
-                    self._tell(TrainEvent(done=done))
-                case Stalled():
-                    missing = ", ".join(effect.missing)
-                    self.trouble(f"step {effect.step} stands still: nothing from {missing}")
-
-    def _decided(self, epoch: int, effect: Decide) -> None:
-        self._steps_decided += 1
-        decided = orchestrator_pb2.StepDecided(
-            epoch=epoch,
-            step=effect.step,
-            loss=effect.loss,
-            correct=effect.correct,
-            samples=effect.samples,
-        )
-        self._last_decided = decided
-        self._tell(TrainEvent(decided=decided))
-        self._swarm.emit("decided", network=self.graph.name, step=effect.step, epoch=epoch)
-
-    async def _cut(self, step: int, ledger: StepLedger) -> None:
-        try:
-            if await self.cuts.make(self.placement, ledger.epoch, step):
-                self._swarm.emit("committed", network=self.graph.name, step=step)
+            check_entry(entry, desk.history)
         except RemoteError as error:
-            if ledger is self._ledger:
-                self.trouble(f"the cut at step {step} failed: {error}")
+            self._closing = None
+            desk.answer(ask, common_pb2.REFUSAL_CODE_NOT_GRANTED, str(error))
+            self._write()
             return
-        self._futile = 0
-        self._tell(TrainEvent(committed=orchestrator_pb2.Committed(step=step)))
-        if ledger is self._ledger:
-            self._feed_ledger(Saved(step))
+        self._append(_Entry.CLOSING, entry)
 
-    # Watching
+    # The end
 
-    async def _watch(self) -> None:
-        """Heartbeats to every host, and an eye on steps that stand still."""
-        while True:
-            await asyncio.sleep(HEARTBEAT_S)
-            deadline = self._ledger.deadline()
-            if deadline is not None and self._swarm.now() >= deadline:
-                self._feed_ledger(Tick())
-            if self._ready.is_set():
-                hosts = by_host(self.placement)
-                drop = pnode_pb2.DropRequest(network_id=self.network_id, epoch=self.epoch - 1)
-                await self.hosts.release(drop)
-                await asyncio.gather(*(self._heartbeat(host, hosts[host]) for host in hosts))
+    def _lost(self) -> None:
+        who = self.history.orchestrator
+        self._over(STALE, f"another orchestrator, {short(who)}, has taken the network", who)
 
-    async def _heartbeat(self, host: str, vnodes: list[str]) -> None:
-        epoch = self.epoch
-        request = pnode_pb2.HeartbeatRequest(
-            network_id=self.network_id, epoch=epoch, lease_s=LEASE_S
-        )
-        healthy, wrong, lost = await self.hosts.heartbeat(host, request, vnodes)
-        if epoch != self.epoch or not self._ready.is_set():
-            return
-        for hosted in healthy:
-            self._health[hosted.vnode] = hosted
-        if lost:
-            self.hosts.shun(host)
-        if wrong:
-            self.trouble(wrong, host)
+    def _closed(self) -> None:
+        closing = self.history.closing
+        assert closing is not None
+        if self._closing is not None:
+            self._desk.answer(self._closing[0])
+            self._closing = None
+        why = f": {closing.reason}" if closing.reason else ""
+        self._over(CLOSED, f"its owner has closed {self.graph.name}{why}")
 
-    # Small things
-
-    def _refuse_feeder(self, code: common_pb2.RefusalCode, detail: str) -> None:
-        self._tell(TrainEvent(refused=common_pb2.Refusal(code=code, detail=detail)))
-
-    def _tell(self, event: TrainEvent) -> None:
-        if self._feeder is not None:
-            self._feeder.put_nowait(event)  # the feeder sends a step at a time, so this is short
+    def _over(self, code: common_pb2.RefusalCode, reason: str, orchestrator: str = "") -> None:
+        desk = self._desk
+        self.phase = Phase.OVER
+        desk.ready = False
+        desk.state = "closed" if code == CLOSED else "lost"
+        desk.detail = reason
+        self._resume_at = self._move = None
+        self._asked.clear()
+        self._appending = self._sent = None
+        self._training.end(STALE if code == DRAINING else code, reason)
+        for ask in [*self._cut_asks, *self._leaves, *self._resigns]:
+            desk.answer(ask, code, reason)
+        if self._closing is not None:
+            desk.answer(self._closing[0], code, reason)
+        self._cut_asks, self._leaves, self._resigns, self._closing = {}, {}, {}, None
+        desk.out.append(m.Withdraw())
+        if code == CLOSED:
+            desk.out += [m.Release(host, self.history.epoch) for host in by_host(self.placement)]
+        desk.note("closed" if code == CLOSED else "over", reason=reason, peer=orchestrator)
+        desk.out.append(m.Over(code, reason, orchestrator))

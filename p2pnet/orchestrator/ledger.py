@@ -1,10 +1,10 @@
 """Which steps are decided, and when a cut is due. A pure core (DESIGN D11).
 
 A step is decided when every VNode has reported that it holds the step's
-gradients; nothing is applied before. Every `cut_every` decided steps the states
-are saved. A cut overlaps with the next step, which computes meanwhile but is
-not decided before every state is saved: until then each VNode still has the
-state that the cut is of.
+gradients; nothing is applied before. Every `cut_every` decided steps, and when one
+is asked for, the states are stored. A cut overlaps with the next step, which computes
+meanwhile but is not decided before every state is stored: until then each VNode
+still has the state that the cut is of. Whether the log takes the cut is not waited for.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Reported:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """Every state of the cut at `step` is stored."""
+    """Every state of the cut at `step` is stored, whether or not it is committed yet."""
 
     step: int
 
@@ -45,7 +45,17 @@ class EndOfData:
     last_step: int
 
 
-Event = Reported | Saved | EndOfData | Tick
+@dataclass(frozen=True, slots=True)
+class CutWanted:
+    """A cut as soon as it can be, where a decided step is not stored yet.
+
+    `last`: nothing is decided after it, because the network goes elsewhere.
+    """
+
+    last: bool = False
+
+
+Event = Reported | Saved | EndOfData | CutWanted | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +70,19 @@ class Decide:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Save every VNode's state as it is after `step`."""
+    """Store every VNode's state as it is after a step; the step's own decision comes along."""
 
-    step: int
+    decided: Decide
+
+    @property
+    def step(self) -> int:
+        """Which step the states are of."""
+        return self.decided.step
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """All that was fed is decided and saved."""
+    """All that was fed is decided and stored."""
 
     step: int
 
@@ -107,6 +122,9 @@ class StepLedger:
     _progress_at: float | None = field(init=False, default=None)
     _last: int | None = field(init=False, default=None)  # the last step that will be fed
     _finished: bool = field(init=False, default=False)
+    _wanted: bool = field(init=False, default=False)
+    _halting: bool = field(init=False, default=False)
+    _decision: Decide | None = field(init=False, default=None)  # the last one
 
     def __post_init__(self) -> None:
         self.decided = self.saved = self.step
@@ -122,9 +140,13 @@ class StepLedger:
         if isinstance(event, EndOfData):
             self._last = event.last_step
             return self._advance(now)
+        if isinstance(event, CutWanted):
+            self._wanted = True
+            self._halting = self._halting or event.last
+            return self._advance(now)
         if self._progress_at is not None and now >= self._progress_at + STALL_S:
             self._progress_at = now
-            if self._cutting is None and self._held:
+            if self._cutting is None and self._held and not self._halting:
                 return [Stalled(self.decided + 1, self._missing())]
         return []
 
@@ -138,11 +160,6 @@ class StepLedger:
         assert self._cutting is None or self.saved < self._cutting == self.decided
         assert all(report.step == self.decided + 1 for report in self._held.values())
         assert not self._finished or self.saved == self.decided
-
-    @property
-    def in_flight(self) -> bool:
-        """Whether some VNode holds gradients of a step that is not decided."""
-        return bool(self._held)
 
     def _missing(self) -> tuple[str, ...]:
         return tuple(vnode for vnode in self.vnodes if vnode not in self._held)
@@ -159,16 +176,19 @@ class StepLedger:
         if self._cutting is not None:
             return []
         effects: list[Effect] = []
-        if len(self._held) == len(self.vnodes):
+        if len(self._held) == len(self.vnodes) and not self._halting:
             loss = self._held[self.loss]
             self.decided += 1
             self._held.clear()
             self._progress_at = None
-            effects.append(Decide(self.decided, loss.loss, loss.correct, loss.samples))
+            self._decision = Decide(self.decided, loss.loss, loss.correct, loss.samples)
+            effects.append(self._decision)
         at_end = self._last is not None and self.decided >= self._last
-        if self.decided - self.saved >= (1 if at_end else self.cut_every):
+        due = 1 if at_end or self._wanted else self.cut_every
+        if self.decided - self.saved >= due and self._decision is not None:
             self._cutting = self.decided
-            effects.append(Cut(self.decided))
+            self._wanted = False
+            effects.append(Cut(self._decision))
         elif at_end and not self._finished:
             self._finished = True
             effects.append(Finished(self.decided))

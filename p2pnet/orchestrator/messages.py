@@ -29,9 +29,14 @@ class Purpose(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Take the network: with its first claim, or over from another orchestrator."""
+    """Take the network: with its first claim, or over from another orchestrator.
+
+    `epoch`: the last claim that the caller knows of. Where the log has a newer one of
+    another orchestrator, the network is in good hands, and `Over` says so.
+    """
 
     reason: str
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,20 +321,28 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Have a host store its VNodes' states after a step: `Stored` or `NotStored`."""
+    """Have a host store its VNodes' states after a step: `Stored` or `NotStored`.
+
+    `first`: who should have copies before others do, since the VNodes move there.
+    """
 
     host: str
     epoch: int
     step: int
     vnodes: tuple[str, ...]
+    first: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Retain:
-    """Let holders drop the states that the last two commits do not name. A hint."""
+    """Let holders drop the states that the last two commits do not name. A hint.
+
+    `claim`: ours, which a holder that knows nothing of the network can look up.
+    """
 
     holders: tuple[str, ...]
     digests: tuple[bytes, ...]
+    claim: common_pb2.Signed
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ class _Node(_Model):
     type: StrictStr
     config: dict[StrictStr, Any] = Field(default_factory=dict)
     inputs: list[StrictStr] | None = None
+    group: StrictStr | None = None
 
 
 class _Optimizer(BaseModel):
@@ -178,7 +179,9 @@ def _compile(content: Mapping[str, Any]) -> CompiledGraph:
 def _draft(node: _Node, previous: str) -> Draft:
     """A node without `inputs` takes the one before it."""
     inputs = (previous,) if node.inputs is None else tuple(node.inputs)
-    return Draft(node.id, node.type, node.config, inputs)
+    if node.group == "":
+        raise SpecError(f"{node.id} has an empty group: name it, or leave the key out")
+    return Draft(node.id, node.type, node.config, inputs, node.group or "")
 
 
 _EXPECTED = {

@@ -15,6 +15,36 @@ class Silence:
     """What a program answers to say nothing at all: the asker waits for its timeout."""
 
 
+class Later:
+    """What a program answers when it has to ask others first; `answer` or `fail`, once."""
+
+    __slots__ = ("_send", "_what")
+
+    def __init__(self) -> None:
+        self._send: Callable[[Any, bool], None] | None = None
+        self._what: tuple[Any, bool] | None = None
+
+    def answer(self, reply: Any) -> None:
+        """Sends the answer; only the first one counts."""
+        self._end(reply, True)
+
+    def fail(self) -> None:
+        """Ends the request without one."""
+        self._end(None, False)
+
+    def then(self, send: Callable[[Any, bool], None]) -> None:
+        """Who sends it; at once, if it is there."""
+        self._send = send
+        if self._what is not None:
+            send(*self._what)
+
+    def _end(self, reply: Any, good: bool) -> None:
+        if self._what is None:
+            self._what = (reply, good)
+            if self._send is not None:
+                self._send(reply, good)
+
+
 class Line:
     """One machine's end of a connection."""
 

@@ -43,13 +43,21 @@ def any_clock(rng: random.Random, *, wrong: bool) -> Clock:
 class Faults:
     """Does something bad to machines or links each time it is asked to.
 
-    `log` holds what was done, for people: (when, what).
+    `keep_disks`: no restart loses a disk. `log` holds what was done, for people: (when, what).
     """
 
-    def __init__(self, world: World, machines: Sequence[Machine], rng: random.Random) -> None:
+    def __init__(
+        self,
+        world: World,
+        machines: Sequence[Machine],
+        rng: random.Random,
+        *,
+        keep_disks: bool = False,
+    ) -> None:
         self._world = world
         self._machines = machines
         self._rng = rng
+        self._keep_disks = keep_disks
         kinds: list[Callable[[], str]] = [
             self._kill,
             self._vanish,
@@ -102,7 +110,7 @@ class Faults:
         return f"starve {machine.number}"
 
     def _restart(self) -> str:
-        machine, keep = self._any(), self._rng.random() < 0.5
+        machine, keep = self._any(), self._rng.random() < 0.5 or self._keep_disks
         machine.restart(keep_disk=keep)
         return f"restart {machine.number} {'with' if keep else 'without'} its disk"
 

@@ -68,6 +68,11 @@ class Links:
         side = self._side
         return bool(side) and side.get(sender, 0) != side.get(receiver, 0)
 
+    @property
+    def any_cut(self) -> bool:
+        """Whether something does not come through somewhere."""
+        return bool(self._cut or self._side)
+
     # Faults
 
     def cut(self, sender: Machine, receiver: Machine, *, both_ways: bool = False) -> None:

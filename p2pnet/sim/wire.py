@@ -11,16 +11,18 @@ to be dead is sent once more over a new one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from p2pnet.errors import RemoteError
-from p2pnet.sim.connections import Done, Line, Request, Silence
+from p2pnet.sim.connections import Done, Later, Line, Request, Silence
 from p2pnet.sim.dialling import Dialler
 from p2pnet.sim.machine import Machine, Phase
 
 if TYPE_CHECKING:
     from p2pnet.sim.world import World
 
+_REPEAT_S = 0.2  # TCP's first time-out (RFC 6298, as Linux has it); it doubles
 SILENCE_S = 5.0  # as `net.libp2p.open_network` has it
 
 
@@ -31,6 +33,8 @@ class Wire:
         self._world = world
         self._count_bytes = count_bytes
         self._dialler = Dialler(self, world)
+        # Of these protocols a lost message is sent again, as TCP does it.
+        self.repeated: dict[str, None] = {}
         self.messages: dict[str, int] = {}  # sent, by protocol
         self.bytes: dict[str, int] = {}
 
@@ -99,11 +103,18 @@ class Wire:
         line.asked[request] = None
         self._count(request.asker, request.protocol, request.payload)
         for _ in range(2 if world.links.twice() else 1):
-            delay_s = world.links.carry_s(request.asker, line.peer)
-            if delay_s is not None:
-                world.at(world.now + delay_s, self._arrive, request, line)
+            self._carry_request(request, line, _REPEAT_S)
         if not request.wants_reply:
             self.soon(request, line)
+
+    def _carry_request(self, request: Request, line: Line, repeat_s: float) -> None:
+        world = self._world
+        delay_s = world.links.carry_s(line.owner, line.peer)
+        if delay_s is not None:
+            world.at(world.now + delay_s, self._arrive, request, line)
+        elif request.protocol in self.repeated and request.done is not None:
+            when = world.now + repeat_s
+            world.at(when, self._carry_request, request, line, 2 * repeat_s)
 
     def _arrive(self, request: Request, line: Line) -> None:
         server = line.peer
@@ -131,13 +142,36 @@ class Wire:
                 good = False
         if not request.wants_reply or isinstance(reply, Silence):
             return
+        if isinstance(reply, Later):
+            reply.then(partial(self._answer_later, request, line, server.boots))
+        else:
+            self._answer(request, line, reply, good)
+
+    def _answer_later(
+        self, request: Request, line: Line, boots: int, reply: Any, good: bool
+    ) -> None:
+        server = line.peer
+        if server.boots == boots and server.lines.get(line.owner.peer_id) is line.twin:
+            self._answer(request, line, reply, good)
+
+    def _answer(self, request: Request, line: Line, reply: Any, good: bool) -> None:
+        world, server = self._world, line.peer
         if good:
             self._count(server, request.protocol, reply)
         for _ in range(2 if world.links.twice() else 1):
-            delay_s = world.links.carry_s(server, asker)
-            if delay_s is not None:
-                when = world.now + delay_s
-                world.at(when, asker.does, request.boots, self._replied, request, line, reply, good)
+            self._carry_reply(request, line, reply, good, _REPEAT_S)
+
+    def _carry_reply(
+        self, request: Request, line: Line, reply: Any, good: bool, repeat_s: float
+    ) -> None:
+        world, asker = self._world, line.owner
+        delay_s = world.links.carry_s(line.peer, asker)
+        if delay_s is not None:
+            when = world.now + delay_s
+            world.at(when, asker.does, request.boots, self._replied, request, line, reply, good)
+        elif request.protocol in self.repeated and request.done is not None:
+            when = world.now + repeat_s
+            world.at(when, self._carry_reply, request, line, reply, good, 2 * repeat_s)
 
     def _replied(self, request: Request, line: Line, reply: Any, good: bool) -> None:
         line.heard_at = self._world.now

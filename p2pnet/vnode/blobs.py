@@ -9,7 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 
 from p2pnet import clock
 from p2pnet.data.blobs import BlobStore, NoRoomError, open_state
@@ -29,16 +37,23 @@ BLOB_BYTES_MAX = 4 << 30
 BLOBS_BYTES_MAX = 64 << 30  # on this disk, and in a shared directory
 TRANSFER_TIMEOUT_S = 20.0
 
+# (network id, caller, its claim) -> why it is not believed to orchestrate that network, or None.
+Vouch = Callable[[str, str, common_pb2.Signed], Awaitable[common_pb2.Refusal | None]]
+
 
 class BlobKeeper:
     """The blobs of this node.
 
     Lives on the gRPC thread; files are touched, and large bytes hashed, in worker threads.
+
+    Attributes:
+        vouch: who may say which states of a network are of use; nobody, where it is not set.
     """
 
     def __init__(self, store: BlobStore, swarm: Swarm) -> None:
         self._store = store
         self._swarm = swarm
+        self.vouch: Vouch | None = None
         store.tidy()
         # The disk knows the wall clock, and all else goes by the node's.
         ago_s = clock.wall_ms() / 1000 - swarm.now()
@@ -175,6 +190,13 @@ class BlobKeeper:
         self, request: vnode_pb2.RetainRequest, caller: Caller
     ) -> vnode_pb2.RetainReply:
         check_network_id(request.network_id)
+        no: common_pb2.Refusal | None = refusal(
+            common_pb2.REFUSAL_CODE_NOT_GRANTED, "this peer takes nobody's word for it"
+        )
+        if self.vouch is not None:
+            no = await self.vouch(request.network_id, caller.peer_id, request.claim)
+        if no is not None:
+            return vnode_pb2.RetainReply(refusal=no)
         for digest in self._ages.retain(request.network_id, request.digests, self._swarm.now()):
             await asyncio.to_thread(self._store.drop, digest.hex())
         return vnode_pb2.RetainReply()

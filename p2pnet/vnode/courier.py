@@ -22,6 +22,11 @@ HOP_TIMEOUT_S = 5.0
 LOOKUP_TIMEOUT_S = 3.0
 _TRIES = 4
 _BUSY_PAUSE_S = 0.02
+_ELSEWHERE = (
+    common_pb2.REFUSAL_CODE_STALE_EPOCH,
+    common_pb2.REFUSAL_CODE_UNKNOWN_EPOCH,
+    common_pb2.REFUSAL_CODE_NOT_HOSTED,
+)
 
 Hop = vnode_pb2.TrainRequest | vnode_pb2.ForwardRequest
 Here = Callable[[], Awaitable[common_pb2.Refusal | None]]
@@ -54,42 +59,49 @@ class Courier:
     ) -> None:
         """Delivers `request` to its VNode; `here` does so if it turns out to live on this host.
 
+        A forward pass follows its VNode into a newer epoch, and `request` then says that
+        epoch; a training step ends with the epoch that it belongs to.
+
         Raises:
             HopFailed: it could not be delivered.
             EpochOver: the network has moved on.
         """
         vnode = request.vnode
+        epoch, there = net.epoch, net.locations.get(vnode, "")
         for attempt in range(_TRIES):
-            host = net.locations.get(vnode) or await self.locate(net, vnode)
-            refusal = await self._deliver(host, method, request, here)
+            if not there:
+                there, found = await self.locate(net, vnode, epoch)
+                epoch = _follow(request, net, found)
+            refusal = await self._deliver(there, method, request, here)
             if refusal is None:
                 return
-            if refusal.code in (
-                common_pb2.REFUSAL_CODE_STALE_EPOCH,
-                common_pb2.REFUSAL_CODE_UNKNOWN_EPOCH,
-            ):
-                # Newer than ours: we are behind. Older: that host hears of ours in a moment,
-                # or was left out of it.
-                if refusal.epoch > net.epoch:
-                    raise EpochOver
-                net.locations.pop(vnode, None)
+            if refusal.code == common_pb2.REFUSAL_CODE_BUSY:
                 await asyncio.sleep(_BUSY_PAUSE_S * 2**attempt)
+                continue
+            if refusal.code not in _ELSEWHERE:
+                raise HopFailed(there, refusal.detail)
+            net.locations.pop(vnode, None)
+            there = ""
+            if refusal.epoch > epoch:
+                epoch = _follow(request, net, refusal.epoch)
+                there = refusal.host
             elif refusal.code == common_pb2.REFUSAL_CODE_NOT_HOSTED:
-                net.locations.pop(vnode, None)
-                if refusal.host and refusal.epoch >= net.epoch:
-                    net.locations[vnode] = refusal.host
-            elif refusal.code == common_pb2.REFUSAL_CODE_BUSY:
-                await asyncio.sleep(_BUSY_PAUSE_S * 2**attempt)
+                if refusal.host and refusal.epoch == epoch:
+                    there = refusal.host
             else:
-                raise HopFailed(host, refusal.detail)
+                # Older than ours: that host hears of ours in a moment, or was left out of it.
+                await asyncio.sleep(_BUSY_PAUSE_S * 2**attempt)
+            if there and epoch == net.epoch:
+                net.locations[vnode] = there
         raise HopFailed(net.locations.get(vnode, ""), f"{vnode} is not to be found")
 
-    async def locate(self, net: HostedNetwork, vnode: str) -> str:
-        """The host of a VNode, as the DHT says; cached from then on.
+    async def locate(self, net: HostedNetwork, vnode: str, epoch: int) -> tuple[str, int]:
+        """The host of a VNode and under which epoch, as the DHT says: this one or a newer.
+
+        Of the network's own epoch it is cached from then on.
 
         Raises:
-            HopFailed: the DHT does not know, or not for this epoch.
-            EpochOver: it knows of a newer epoch.
+            HopFailed: the DHT does not know, or not of that epoch.
         """
         try:
             found = await self._swarm.find_allocations(
@@ -97,14 +109,16 @@ class Courier:
             )
         except P2PNetError as error:
             raise HopFailed("", f"where {vnode} lives could not be asked: {error}") from None
-        if found and found[0].epoch > net.epoch:
-            raise EpochOver
+        if found and found[0].epoch > max(epoch, net.epoch):
+            return str(found[0].host), int(found[0].epoch)
         for allocation in found:
-            if allocation.epoch == net.epoch and allocation.claimant == net.claimant:
+            ours = allocation.claimant == net.claimant or epoch != net.epoch
+            if allocation.epoch == epoch and ours:
                 logger.debug("%s lives on %s, says the DHT", vnode, short(allocation.host))
                 self._swarm.emit("located", vnode=vnode, host=allocation.host)
-                net.locations[vnode] = allocation.host
-                return str(allocation.host)
+                if epoch == net.epoch:
+                    net.locations[vnode] = allocation.host
+                return str(allocation.host), epoch
         raise HopFailed("", f"the DHT does not know where {vnode} lives")
 
     async def _deliver(
@@ -121,3 +135,12 @@ class Courier:
         except P2PNetError as error:  # our own trouble, which nobody else is to be blamed for
             raise HopFailed("", str(error)) from None
         return reply.refusal if reply.HasField("refusal") else None
+
+
+def _follow(request: Hop, net: HostedNetwork, epoch: int) -> int:
+    """Makes a request one of that epoch, if it may outlive its own; raises EpochOver."""
+    if epoch > net.epoch:
+        if not isinstance(request, vnode_pb2.ForwardRequest):
+            raise EpochOver
+        request.epoch = epoch
+    return epoch

@@ -47,6 +47,7 @@ class Draft:
     type: str
     config: Mapping[str, object]
     inputs: tuple[str, ...]
+    group: str = ""  # nodes of one group live on one host; "": wherever
 
 
 def in_order(inputs: Mapping[str, TensorSpec], nodes: Sequence[Draft]) -> list[Draft]:
@@ -125,6 +126,9 @@ def check_names(inputs: Mapping[str, TensorSpec], nodes: Sequence[Draft], loss: 
             who = "two nodes" if what == taken[name] == "a node" else f"{taken[name]} and {what}"
             raise SpecError(f"{who} have the same id {name}")
         taken[name] = what
+    for draft in (*nodes, loss):
+        if draft.group:
+            _check_id(f"the group of {draft.id}", draft.group)
 
 
 def _check_id(what: str, name: str) -> None:

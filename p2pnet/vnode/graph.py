@@ -4,7 +4,8 @@
 does not fit. As JSON the graph is canonical, and `from_json` compiles it anew and
 takes only the very bytes that this gives: a peer cannot lie about a derived number,
 and one digest (the manifest's `spec_digest`) stands for one graph. A change to any
-formula here therefore needs a new FORMAT_VERSION.
+formula here therefore needs a new FORMAT_VERSION; a new key that is left out where
+it says nothing (as a node's `group`) does not, as the graphs of before keep their bytes.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class Node:
     activation_bytes: int  # inputs and output, each with its gradient
     flops_forward: int
     flops_backward: int
+    group: str = ""  # all VNodes of one group live on one host
 
     def memory_bytes(self, batch_size: int) -> int:
         """What its host needs for it while it trains with batches of that size."""
@@ -148,9 +150,11 @@ class CompiledGraph:
     @cached_property
     def _json(self) -> bytes:
         # Mappings are plain dicts and tuples become lists.
-        return json.dumps(
-            dataclasses.asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False
-        ).encode()
+        top = dataclasses.asdict(self)
+        for node in (*top["nodes"], top["loss"]):
+            if not node["group"]:
+                del node["group"]
+        return json.dumps(top, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def compile_graph(
@@ -285,6 +289,7 @@ def _compile_node(draft: Draft, known: Mapping[str, TensorSpec], optimizer: Opti
         activation_bytes=2 * (sum(map(math.prod, given)) + math.prod(output.shape)) * item,
         flops_forward=flops,
         flops_backward=flops * component.backward,
+        group=draft.group,
     )
 
 
@@ -315,6 +320,7 @@ def _compile_loss(
         activation_bytes=2 * prediction.size_bytes + target.size_bytes,
         flops_forward=kind.flops_per_element * count,
         flops_backward=2 * count,
+        group=draft.group,
     )
     return node, target
 
@@ -348,6 +354,11 @@ def _draft(data: object) -> Draft:
     inputs = _get(data, "inputs", list)
     if not all(isinstance(ref, str) for ref in inputs):
         raise MalformedError("a compiled graph has a node whose inputs are not names")
+    grouped = isinstance(data, dict) and "group" in data
     return Draft(
-        _get(data, "id", str), _get(data, "type", str), _get(data, "config", dict), tuple(inputs)
+        _get(data, "id", str),
+        _get(data, "type", str),
+        _get(data, "config", dict),
+        tuple(inputs),
+        _get(data, "group", str) if grouped else "",
     )

@@ -15,7 +15,7 @@ REASON_CHARS_MAX = 200
 
 @dataclass(slots=True)
 class HostedNetwork:
-    """One network under one epoch. Times by the node's clock, in seconds.
+    """One network under one epoch.
 
     `locations` maps a VNode to its host's peer id: a cache, which may be emptied
     at any time, because the DHT knows.
@@ -26,7 +26,6 @@ class HostedNetwork:
     manifest: common_pb2.Signed
     epoch: int
     claimant: str  # the orchestrator's peer id
-    lease_until: float
     base_step: int  # the cut that the epoch starts from
     state_url: str
     locations: dict[str, str] = field(default_factory=dict)

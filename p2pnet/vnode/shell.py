@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from p2pnet.dht.keyspace import vnode_key
-from p2pnet.errors import MalformedError, P2PNetError, RefusedError, RemoteError
+from p2pnet.dht.manifest import open_manifest
+from p2pnet.dht.service import Serves, anything
+from p2pnet.errors import P2PNetError, RefusedError
 from p2pnet.keys import ACCEPTANCE
 from p2pnet.net.handlers import Caller, Method, unary
 from p2pnet.swarm import Swarm
 from p2pnet.tasks import TaskSet
 from p2pnet.v1 import common_pb2, pnode_pb2, records_pb2, vnode_pb2
+from p2pnet.vnode.admission import Limits
 from p2pnet.vnode.blobs import BlobKeeper
 from p2pnet.vnode.executor import ComputeThread
 from p2pnet.vnode.faults import Faults
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WARM_AFTER_S = 1.0
+READYING_MAX = 4  # callers at once for whom states are fetched
 
 
 class Host:
@@ -47,15 +52,27 @@ class Host:
         memory_bytes: int,
         hosting: bool,
         state_url: str,
+        directory: Path,
+        serves: Serves = anything,
+        service: Callable[[], str] = str,
     ) -> None:
+        """Reads from `directory` what this host knew of networks before.
+
+        Args:
+            hosting: whether VNodes are taken at all.
+            serves: which networks are; `service` names the one service that is served.
+        """
         self._state_url = state_url
+        self._service = service
         self._swarm = swarm
         self._compute = compute
         self._blobs = blobs
-        self._hosts = hosting
         self._faults = faults
         self._engine: Engine | None = None
-        self._hosted = Hosting(swarm, self._new_trainee, memory_bytes=memory_bytes)
+        limits = Limits(swarm.keypair.peer_id, memory_bytes, hosting, state_url, serves)
+        self._hosted = Hosting(swarm, self._new_trainee, limits, directory)
+        blobs.vouch = self.vouch
+        self._readying = 0
         self._warming: asyncio.Task[None] | None = None
         self._tasks = TaskSet("the host")
 
@@ -76,6 +93,7 @@ class Host:
                     self._allocate, pnode_pb2.AllocateRequest, pnode_pb2.AllocateReply
                 ),
                 "Drop": unary(self._drop, pnode_pb2.DropRequest, pnode_pb2.DropReply),
+                "Ready": unary(self._ready, pnode_pb2.ReadyRequest, pnode_pb2.ReadyReply),
             },
             "VNode": {
                 "Forward": unary(self._forward, vnode_pb2.ForwardRequest, vnode_pb2.HopReply),
@@ -103,6 +121,20 @@ class Host:
         """The orchestrators of what lives here, by peer id; from any thread."""
         return list(self._hosted.claimants)
 
+    def claims(self) -> list[tuple[common_pb2.Signed, bool]]:
+        """Of every network that lives here the claim, and whether its owner has closed it."""
+        return self._hosted.claims()
+
+    def drain(self) -> None:
+        """Nothing new is taken from now on; what is here stays until it is dropped."""
+        self._hosted.drain()
+
+    async def vouch(
+        self, network_id: str, caller: str, claim: common_pb2.Signed
+    ) -> common_pb2.Refusal | None:
+        """Why somebody is not believed to orchestrate a network; None: its log says so."""
+        return await self._hosted.vouch(network_id, caller, claim)
+
     def forget_locations(self) -> None:
         """Empties every cache of where VNodes live; the DHT knows."""
         self._hosted.forget_locations()
@@ -119,43 +151,39 @@ class Host:
     async def _describe(
         self, request: pnode_pb2.DescribeRequest, caller: Caller
     ) -> pnode_pb2.DescribeReply:
-        return pnode_pb2.DescribeReply(advert=self._swarm.advert(), vnodes=self._hosted.rows(""))
+        return pnode_pb2.DescribeReply(
+            advert=self._swarm.advert(),
+            vnodes=self._hosted.rows(""),
+            state_url=self._state_url,
+            service=self._service(),
+        )
 
     async def _heartbeat(
         self, request: pnode_pb2.HeartbeatRequest, caller: Caller
     ) -> pnode_pb2.HeartbeatReply:
-        net = self._hosted.network_of(request.network_id, caller.peer_id, request.epoch)
-        if isinstance(net, common_pb2.Refusal):
-            return pnode_pb2.HeartbeatReply(refusal=net)
-        self._hosted.renew(net, request.lease_s)
+        no = await self._hosted.renew(request, caller.peer_id)
+        if no is not None:
+            return pnode_pb2.HeartbeatReply(refusal=no)
         return pnode_pb2.HeartbeatReply(vnodes=self._hosted.rows(request.network_id))
 
     async def _allocate(
         self, request: pnode_pb2.AllocateRequest, caller: Caller
     ) -> pnode_pb2.AllocateReply:
-        net: HostedNetwork | common_pb2.Refusal
-        if not self._hosts:
-            net = refusal(common_pb2.REFUSAL_CODE_NOT_GRANTED, "this peer hosts no VNodes")
-        elif request.state_url not in ("", self._state_url):
-            # Nobody but this machine's user says which of its directories are written.
-            net = refusal(
-                common_pb2.REFUSAL_CODE_NOT_GRANTED,
-                f"this peer was not started with --state {request.state_url}",
-            )
-        else:
-            try:
-                net = await self._hosted.take_over(request, caller.peer_id)
-            except (MalformedError, RemoteError) as error:
-                net = refusal(common_pb2.REFUSAL_CODE_BAD_REQUEST, str(error))
+        net = await self._hosted.allocate(request, caller.peer_id)
         if isinstance(net, common_pb2.Refusal):
+            self._swarm.emit(
+                "refused",
+                network_id=request.network_id,
+                epoch=request.epoch,
+                newer=net.epoch,
+                peer=caller.peer_id,
+                reason=net.detail,
+            )
             return pnode_pb2.AllocateReply(refusal=net)
         for vnode in request.vnodes:
             self._tasks.spawn(self._provide(vnode_key(net.network_id, vnode)))
         if self._warming is None:
             self._warming = self._tasks.spawn(self._warm())
-        self._swarm.emit(
-            "allocated", network=net.graph.name, epoch=net.epoch, vnodes=list(request.vnodes)
-        )
         return pnode_pb2.AllocateReply(
             acceptances=[self._accept(net, vnode, request.lease_s) for vnode in request.vnodes]
         )
@@ -177,14 +205,28 @@ class Host:
         return me.sign(ACCEPTANCE, allocation.SerializeToString(deterministic=True))
 
     async def _drop(self, request: pnode_pb2.DropRequest, caller: Caller) -> pnode_pb2.DropReply:
-        if self._hosted.network(request.network_id) is None:
-            return pnode_pb2.DropReply()
-        net = self._hosted.network_of(request.network_id, caller.peer_id)
-        if isinstance(net, common_pb2.Refusal):
-            return pnode_pb2.DropReply(refusal=net)
-        if request.epoch >= net.epoch:  # and not about an older allocation than the one here
-            await self._hosted.drop(net.network_id, request.vnodes)
-        return pnode_pb2.DropReply()
+        return pnode_pb2.DropReply(refusal=await self._hosted.drop(request, caller.peer_id))
+
+    async def _ready(self, request: pnode_pb2.ReadyRequest, caller: Caller) -> pnode_pb2.ReadyReply:
+        """Fetches states into this host's store, and lets torch load."""
+        no = await self._hosted.ready(request, caller.peer_id)
+        if no is None and self._readying >= READYING_MAX:
+            no = refusal(common_pb2.REFUSAL_CODE_BUSY, "this peer gets ready for others already")
+        if no is not None:
+            return pnode_pb2.ReadyReply(refusal=no)
+        state_url = open_manifest(request.manifest).state_url
+        self._readying += 1
+        try:
+            for vnode in request.vnodes:
+                if vnode in request.states and not state_url:
+                    await self._blobs.fetch(request.states[vnode], request.network_id, "")
+            await self._compute.warm()
+        except P2PNetError as error:
+            detail = f"this peer could not get ready: {error}"
+            return pnode_pb2.ReadyReply(refusal=refusal(common_pb2.REFUSAL_CODE_FAILED, detail))
+        finally:
+            self._readying -= 1
+        return pnode_pb2.ReadyReply()
 
     # VNode
 

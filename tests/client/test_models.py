@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from memory_client import MemorySession
-from memory_swarm import MemorySwarm, commits_of
+from memory_swarm import MemorySwarm
 from memory_wire import keypair_of
 from small_network import Trained, batch, train
 from torch import nn
@@ -158,8 +158,10 @@ def test_a_submitted_model_goes_on_from_its_own_weights(tmp_path: Path, kill: bo
             session, network = await submitted(swarm, mlp())
             graph_of = (await session.status(network)).graph
             assert b'"1.0"' in graph_of
-            # its weights are in the log before anything else, so that they outlast their hosts
-            assert commits_of(await swarm.log_of(network.network_id)) == [0]
+            # its weights are in the log's first entry, so that they outlast their hosts
+            genesis = (await swarm.log_of(network.network_id)).genesis
+            assert genesis is not None
+            assert len(genesis.states) == len(network.vnodes)
             weights = await fetch_weights(session, network, await session.cut(network))
             assert model_digest(weights) == digest_of(mlp())
             if kill:

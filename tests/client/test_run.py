@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import numpy as np
 import pytest
 from memory_client import MemorySession
 from memory_swarm import MemorySwarm, commits_of
-from memory_wire import Letter
-from small_network import SMALL, Trained, batch, plain, submit, train
+from memory_wire import Letter, keypair_of
+from small_network import Trained, batch, plain, submit, train
 from virtual_time import play
 
-from p2pnet.client import run as module
+from p2pnet.client.link import ORCHESTRATOR_GONE_S
 from p2pnet.client.run import TrainingRun
 from p2pnet.client.session import NetworkInfo
+from p2pnet.client.weights import fetch_weights
 from p2pnet.errors import (
     LocalError,
     NotFoundError,
@@ -24,7 +26,8 @@ from p2pnet.errors import (
     UnreachableError,
     UsageError,
 )
-from p2pnet.v1 import common_pb2, vnode_pb2
+from p2pnet.v1 import common_pb2
+from p2pnet.vnode.state import model_digest
 from p2pnet.vnode.tensors import encode
 
 STEPS = 8
@@ -120,19 +123,62 @@ def test_a_broken_connection_is_opened_anew(
     play(main(), limit_s=300)
 
 
-def test_an_orchestrator_that_is_gone_for_good_is_an_error_in_the_end(tmp_path: Path) -> None:
+def test_when_nobody_is_left_it_is_an_error_in_the_end(tmp_path: Path) -> None:
     async def main() -> None:
         async with MemorySwarm(tmp_path, "abcd") as swarm:
             run = TrainingRun(*await started(swarm))
             await run.step(*fed(1))
-            swarm.kill(swarm["a"].peer_id)
+            for peer_id in list(swarm.nodes):
+                swarm.kill(peer_id)
             began = swarm.loop.time()
             with pytest.raises(UnreachableError, match="the orchestrator of small is gone"):
                 await run.step(*fed(2))
-            assert 0.9 < (swarm.loop.time() - began) / module.ORCHESTRATOR_GONE_S < 1.5
+            assert 0.9 < (swarm.loop.time() - began) / ORCHESTRATOR_GONE_S < 1.5
             with pytest.raises(UnreachableError):  # and stays one
                 await run.finish()
             await run.close()
+
+    play(main())
+
+
+@pytest.mark.parametrize("cut_every", [1, 3])
+@pytest.mark.parametrize("decided", [1, 3, 4, 5])
+def test_a_dead_orchestrator_is_followed_by_another(
+    tmp_path: Path, decided: int, cut_every: int
+) -> None:
+    """Nobody does anything about it; a commit of the step may be on its way when it dies."""
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abcde") as swarm:
+            session, network = await started(swarm, cut_every=cut_every)
+            running = asyncio.ensure_future(train(session, network, STEPS))
+            await swarm.until(lambda: len(swarm.emitted("decided")) == decided)
+            swarm.kill(swarm["a"].peer_id)
+            trained = await running
+            check(trained)
+            assert trained.recoveries
+            commits = commits_of(await swarm.log_of(network.network_id))
+            assert commits == sorted(set(commits))
+            status = await session.status(network)
+            assert status.orchestrator != swarm["a"].peer_id
+            assert status.committed_step == STEPS
+
+    play(main())
+
+
+def test_a_network_that_its_owner_closes_ends_the_run(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abcd") as swarm:
+            session, network = await started(swarm)
+            run = TrainingRun(session, network)
+            await run.step(*fed(1))
+            await session.cancel(network, keypair_of("owner"), "the data was wrong")
+            for _ in range(2):
+                with pytest.raises(UsageError, match="closed small: the data was wrong"):
+                    await run.step(*fed(2))
+            await run.close()
+            with pytest.raises(UsageError, match="closed small: the data was wrong"):
+                await TrainingRun(session, network).start()
 
     play(main())
 
@@ -284,17 +330,75 @@ def test_a_network_that_nobody_knows(tmp_path: Path) -> None:
     play(main())
 
 
+def test_a_peer_that_does_not_orchestrate_it_is_not_the_end(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abc") as swarm:
+            session, network = await started(swarm)
+            elsewhere = replace(network, orchestrator=swarm["b"].peer_id)
+            check(await train(session, elsewhere, STEPS))
+
+    play(main())
+
+
 def test_what_is_refused_otherwise_is_an_error_with_its_code(tmp_path: Path) -> None:
     async def main() -> None:
         async with MemorySwarm(tmp_path, "abc") as swarm:
             session, network = await started(swarm)
-            elsewhere = NetworkInfo(
-                network.network_id, "small", swarm["b"].peer_id, network.vnodes, 1, ""
-            )
-            with pytest.raises(RefusedError, match="does not orchestrate") as refused:
-                await TrainingRun(session, elsewhere).step(*fed(1))
-            assert refused.value.code == common_pb2.REFUSAL_CODE_UNKNOWN_NETWORK
-            assert SMALL["name"] == "small"
-            assert vnode_pb2.DIRECTION_FORWARD
+            first = TrainingRun(session, network)
+            await first.step(*fed(1))
+            second = TrainingRun(MemorySession(swarm, "another client"), network)
+            with pytest.raises(RefusedError, match="by somebody else") as refused:
+                await second.step(*fed(1))
+            assert refused.value.code == common_pb2.REFUSAL_CODE_BUSY
+            with pytest.raises(RefusedError, match="by somebody else"):
+                await second.finish()
+            await second.close()
+            assert (await first.step(*fed(2))).step == 2
+            await first.finish()
+            with pytest.raises(LocalError, match="finished"):
+                await first.step(*fed(3))
+
+    play(main())
+
+
+def test_who_waits_is_told_what_for(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abcd") as swarm:
+            session, network = await started(swarm)
+            notices: list[str] = []
+            run = TrainingRun(session, network, notices.append)
+            await run.step(*fed(1))
+            swarm.freeze(swarm["a"].peer_id)
+            swarm.hang_up(swarm["a"].peer_id)
+            step = asyncio.ensure_future(run.step(*fed(2)))
+            await asyncio.sleep(30)
+            swarm.thaw(swarm["a"].peer_id)
+            assert (await step).step == 2
+            waits, goes_on = notices
+            assert waits.startswith("waiting for an orchestrator of small")
+            assert goes_on.endswith("going on")
+            await run.close()
+
+    play(main())
+
+
+def test_what_is_held_for_want_of_a_commit_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No cut is due before step 1000, and only four batches may be held."""
+    monkeypatch.setattr("p2pnet.client.feed.HELD_STEPS_MAX", 4)
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abc") as swarm:
+            session, network = await started(swarm, cut_every=1000)
+            run = TrainingRun(session, network)
+            results = await asyncio.gather(*(run.step(*fed(step)) for step in range(1, 11)))
+            assert [it.step for it in results] == list(range(1, 11))
+            done = await run.finish()
+            assert done.step == 10
+            assert commits_of(await swarm.log_of(network.network_id)) == [4, 8, 10]
+            weights = await fetch_weights(session, network, done.states)
+            assert model_digest(weights) == plain(10)[0]
+            assert not run.recoveries
 
     play(main())

@@ -223,7 +223,7 @@ class Node:
         """Has it leave in good order, and checks that it did."""
         request, reply = control_pb2.LeaveRequest(), control_pb2.LeaveReply
         self.client.run(self.client.session.control("Leave", request, reply))
-        self._hang_up()
+        self.hang_up()
         self.process.next_event("left")
         assert self.process.wait() == 0, self.process.describe()
 
@@ -239,10 +239,11 @@ class Node:
 
     def end(self) -> None:
         """Ends it without a goodbye, and every connection to it."""
-        self._hang_up()
+        self.hang_up()
         self.process.end()
 
-    def _hang_up(self) -> None:
+    def hang_up(self) -> None:
+        """Ends every connection to it."""
         if self._client is not None:
             self._client.close()
             self._client = None
@@ -283,7 +284,7 @@ class Events:
 
     async def _read(self, session: Session) -> None:
         async with session.control_stream("Events", control_pb2.EventReply, 600) as stream:
-            await stream.write(control_pb2.EventsRequest())
+            await stream.write(control_pb2.EventsRequest(follow=True))
             await stream.done_writing()
             async for reply in stream:
                 self._queue.put((time.monotonic(), json.loads(reply.json)))

@@ -6,6 +6,7 @@ made anew for each batch of frames; it takes them one after the other, as a node
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from random import Random
@@ -29,6 +30,7 @@ from libp2p.identity.identify.pb.identify_pb2 import Identify
 
 from p2pnet import keys
 from p2pnet.bootstrap import parse_list
+from p2pnet.client.trace import in_words
 from p2pnet.core import Tick
 from p2pnet.dht import events as ev
 from p2pnet.dht import snapshot, wire
@@ -65,7 +67,9 @@ from p2pnet.net.network import PeerInfo
 from p2pnet.net.session import SessionTable, make_proof
 from p2pnet.net.tls import make_certificate, pem_of
 from p2pnet.net.varint import Unframer, frame
+from p2pnet.perfetto import chrome_trace
 from p2pnet.sealed import seal, unseal
+from p2pnet.timeline import mentioned, out_of_order, parse_happening, timeline_of
 from p2pnet.v1 import common_pb2, gossip_pb2, kad_pb2, kept_pb2, records_pb2, session_pb2
 
 Read = Callable[[bytes], object]
@@ -697,6 +701,28 @@ def read_snapshot(data: bytes) -> None:
         assert all(record.expires_in_s > 0 for record, _ in held.records)
 
 
+# Events of others, for a trace
+
+EVENTS = tuple(
+    json.dumps({"event": name, "at": "019ab5dd7e33-0002", "wall_ms": WALL_MS, **fields}).encode()
+    for name, fields in (
+        ("claimed", {"network_id": "ab" * 16, "epoch": 2, "reason": "submitted"}),
+        ("placed", {"placement": {"fc1": OWNER.peer_id}, "node": OWNER.peer_id}),
+        ("allocated", {"vnodes": ["fc1", "out"], "epoch": 2, "loss": 1.5, "more": None}),
+    )
+)
+
+
+def read_event(data: bytes) -> None:
+    """An event, which is text on the wire, and everything that a trace makes of it."""
+    event = parse_happening(data.decode(errors="replace"), OWNER.peer_id)
+    timeline = timeline_of([event])
+    json.dumps(chrome_trace(timeline))
+    out_of_order(timeline.happenings)
+    mentioned(timeline.happenings, [OWNER.peer_id])
+    assert in_words(event.fields).isprintable()
+
+
 PARSERS = (
     Parser("kad-dht message", 14_000, kad_frame, stateless(wire.parse)),
     Parser("DHT request", 6_000, kad_frame, lambda rng: DhtPeer(rng).asked, errors=()),
@@ -737,6 +763,7 @@ PARSERS = (
     Parser("gossip request", 3_000, gossip_frame, lambda rng: Gossiper(rng).asked,
            (MalformedError, ForgedError)),
     Parser("gossip answer", 3_000, gossip_frame, lambda rng: Gossiper(rng).answered, errors=()),
+    Parser("event", 2_000, lambda rng: mutated(rng, EVENTS), stateless(read_event)),
     Parser("session", 2_000, session_frame, start_session, errors=()),
     Parser("batch of requests", 2_000, lambda rng: mutated(rng, (BATCH,)),
            stateless(wire.parse_batch)),

@@ -19,6 +19,7 @@ GOOD: dict[str, tuple[bytes, ...]] = {
     "multiaddr as bytes": parsers.RAW_ADDRS,
     "multiaddr as text": tuple(addr.encode() for addr in parsers.ADDRS[:3]),
     "gossip message": parsers.GOSSIP,
+    "event": parsers.EVENTS,
     "advert": tuple(advert.raw for advert in parsers.ADVERTS),
     "accusation": tuple(accusation.raw for accusation in parsers.ACCUSATIONS),
     "gossip request": parsers.GOSSIP[:3],

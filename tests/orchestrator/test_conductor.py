@@ -23,8 +23,8 @@ from p2pnet.client.session import NetworkInfo
 from p2pnet.errors import RefusedError, UnreachableError, UsageError
 from p2pnet.keys import MANIFEST
 from p2pnet.log.directory import DirectoryLog
-from p2pnet.log.history import History
-from p2pnet.log.shell import LogOnPeers
+from p2pnet.log.history import History, new_claim, parse_entry
+from p2pnet.log.shell import open_log
 from p2pnet.v1 import common_pb2, log_pb2, orchestrator_pb2, records_pb2, vnode_pb2
 from p2pnet.vnode.network import BATCH_SAMPLES
 
@@ -319,7 +319,7 @@ def test_a_swarm_that_is_too_small_is_said_at_once(tmp_path: Path) -> None:
             with pytest.raises(UsageError, match="the swarm is too small") as error:
                 await submit(session, swarm["a"].peer_id)
             assert "\n" not in str(error.value)
-            assert not [it for it in swarm.letters if it.method.startswith("Keeper/")]
+            assert not [it for it in swarm.letters if it.method == "Keeper/Prepare"]
             swarm.add("c", lent_bytes=LENT_BYTES)
             network = await submit(session, swarm["a"].peer_id)  # it is not half there
             assert (await train(session, network, 3)).digest == plain(3)[0]
@@ -370,10 +370,10 @@ async def said(
 
 
 @pytest.mark.parametrize("lost", ["requests", "answers"])
-def test_without_a_majority_of_keepers_the_network_waits_and_then_goes_on(
+def test_without_a_majority_of_keepers_steps_go_on_and_count_later(
     tmp_path: Path, lost: str
 ) -> None:
-    """Where only answers are lost the commit is decided: the claim after it has to meet it."""
+    """Where only answers are lost a commit is decided: the one after it has to meet it."""
 
     async def main() -> None:
         async with MemorySwarm(tmp_path, "abcd") as swarm:
@@ -387,17 +387,54 @@ def test_without_a_majority_of_keepers_the_network_waits_and_then_goes_on(
 
             hooks.append(lose)
             running = asyncio.ensure_future(train(session, network, STEPS))
-            status = await said(session, network, "waiting")
+            status = await said(session, network, "uncommitted")
+            assert "steps after 0 would be lost with a host" in status.detail
             assert "2 of 3 keepers" in status.detail
-            assert status.committed_step == 0
+            await swarm.until(lambda: decided_by(swarm) == STEPS)  # nobody waits for the log
+            assert (await session.status(network)).committed_step == 0
+            assert not running.done()  # but the end does
             hooks.remove(lose)
             trained = await running
             await check_trained(swarm, network, trained)
-            history = await swarm.log_of(network.network_id)
-            assert commits_of(history) == [3, 6, 8]
-            again = [it.request.id for it in swarm.letters if it.method == "VNode/Train"]
-            done_again = [it for it in again if it.epoch > 1 and it.step <= 3]
-            assert bool(done_again) == (lost == "requests")
+            assert trained.recoveries == []
+            assert (await session.status(network)).state == "ready"
+            assert [e["step"] for e in swarm.emitted("uncommitted")] == [0]
+
+    play(main())
+
+
+def decided_by(swarm: MemorySwarm) -> int:
+    return max((fields["step"] for fields in swarm.emitted("decided")), default=0)
+
+
+def test_what_is_uncommitted_is_rolled_back_with_a_host(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abcde") as swarm:
+            session = MemorySession(swarm)
+            network = await submit(session, swarm["a"].peer_id)
+            hosts = {it.host for it in (await session.status(network)).locations}
+
+            def lose(letter: Letter) -> None:
+                if letter.method in ("Keeper/Accept", "Keeper/Prepare"):
+                    raise UnreachableError("lost")
+
+            run = TrainingRun(session, network)
+            for step in range(1, 5):
+                await run.step(*fed(step))
+            await swarm.until(lambda: [e["step"] for e in swarm.emitted("committed")] == [3])
+            swarm.before.append(lose)
+            for step in range(5, 8):
+                await run.step(*fed(step))
+            await said(session, network, "uncommitted")
+            swarm.kill(max(hosts - {swarm["a"].peer_id}))
+            status = await said(session, network, "waiting")
+            assert status.committed_step == 3
+            swarm.before.remove(lose)
+            step8 = await run.step(*fed(8))
+            assert step8.step == 8
+            done = await run.finish()
+            assert (await train(session, network, 9, first=9)).digest == plain(9)[0]
+            assert done.step == STEPS
 
     play(main())
 
@@ -412,7 +449,7 @@ def test_without_a_majority_of_keepers_nothing_is_submitted(tmp_path: Path) -> N
 
             swarm.before.append(lose)
             session = MemorySession(swarm)
-            with pytest.raises(UsageError, match="2 of 3 keepers"):
+            with pytest.raises(UsageError, match="log cannot be reached"):
                 await submit(session, swarm["a"].peer_id)
             swarm.before.remove(lose)
             network = await submit(session, swarm["a"].peer_id)
@@ -588,7 +625,7 @@ def test_what_is_asked_of_a_network_that_is_not_there(tmp_path: Path) -> None:
                 reply = await swarm.ask("a", f"Orchestrator/{method}", request, reply_type)
                 assert reply.refusal.code == common_pb2.REFUSAL_CODE_UNKNOWN_NETWORK
             network = NetworkInfo("f" * 32, "small", swarm["a"].peer_id, (), 1, "")
-            with pytest.raises(RefusedError):
+            with pytest.raises(UnreachableError, match="does not orchestrate"):
                 await TrainingRun(MemorySession(swarm), network).start()
 
     play(main())
@@ -668,19 +705,28 @@ def test_an_orchestrator_that_has_lost_its_claim_commits_nothing_more(tmp_path: 
             await run.step(*fed(1))
             history = await swarm.log_of(network.network_id)
             assert history.manifest is not None
-            theirs = LogOnPeers(swarm["b"], network.network_id, history.manifest)
-            theirs.history.extend(history.entries)
-            assert await theirs.claim("I want it") == 2
-            steps = [run.step(*fed(step)) for step in range(2, STEPS)]
-            with pytest.raises(RefusedError, match="has taken the network") as refused:
-                await asyncio.gather(*steps)
-            assert refused.value.code == common_pb2.REFUSAL_CODE_STALE_EPOCH
-            await asyncio.sleep(60)
-            assert (await session.status(network)).state == "lost"
+            log = open_log(swarm["b"], network.network_id, history.manifest)
+            claim = new_claim(
+                history,
+                swarm["b"].keypair,
+                history.manifest,
+                placement=history.placement,
+                keepers=history.keepers,
+                reason="I want it",
+            )
+            assert await log.append(history, claim) == claim
+            await log.close()  # and does nothing more with it
+            for step in range(2, STEPS + 1):
+                await run.step(*fed(step))
+            await run.finish()
+            reasons = [fields["reason"] for fields in swarm.emitted("over")]
+            assert any("has taken the network" in reason for reason in reasons)
             history = await swarm.log_of(network.network_id)
-            assert claims_of(history) == [1, 2]
-            assert commits_of(history) == []
-            await theirs.close()
+            assert claims_of(history) == [1, 2, 3]  # b's, who does not stand by it; then an heir's
+            commits = [parse_entry(it).commit for it in history.entries]
+            assert {it.epoch for it in commits if it.states} == {3}
+            trained = await train(session, network, STEPS + 1, first=STEPS + 1)
+            assert trained.digest == plain(STEPS + 1)[0]
 
     play(main())
 

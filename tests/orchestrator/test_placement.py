@@ -1,10 +1,18 @@
-"""Placement: memory is never exceeded, the plan is the same for the same members, load spreads."""
+"""Placement: memory is never exceeded, the same members give the same plan, load spreads.
+
+Groups stay together, replicas apart, and neighbours near each other where that pays.
+"""
 
 from __future__ import annotations
 
 import collections
+import itertools
+import os
 import random
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,15 +21,16 @@ from hypothesis import strategies as st
 
 import p2pnet
 from p2pnet.errors import UsageError
+from p2pnet.gossip.coordinates import Coordinate
+from p2pnet.orchestrator.costs import GFLOPS_A_CPU, STEP_NS
 from p2pnet.orchestrator.placement import (
-    GFLOPS_A_CPU,
     REJECTED_MAX,
-    STEP_NS,
     HostView,
     Placement,
     SwarmTooSmallError,
     place,
 )
+from p2pnet.orchestrator.predict import predict
 from p2pnet.orchestrator.spec import load_spec
 from p2pnet.vnode.draft import Draft, TensorSpec
 from p2pnet.vnode.graph import CompiledGraph, compile_graph
@@ -32,6 +41,11 @@ GIB = 1 << 30
 
 def host(name: str, memory: int = GIB, gflops: float = 20.0, vnodes: int = 0) -> HostView:
     return HostView(name, 2.0, memory, gflops, vnodes)
+
+
+def at(*axes_s: float) -> Coordinate:
+    """Somewhere: coordinates in seconds of round trip."""
+    return Coordinate((*axes_s, 0.0, 0.0, 0.0)[:4], 0.001, 0.1)
 
 
 def chain(widths: list[int]) -> CompiledGraph:
@@ -161,8 +175,16 @@ def test_a_swarm_that_is_too_small_is_told_by_how_much() -> None:
     assert str(error.value) == (
         "the swarm is too small: VNode fc1 needs 434.0 KiB and the most that a peer has free is "
         "400.0 KiB; the network needs 2.0 MiB in all, 834.4 KiB more than the 1.2 MiB that 3 "
-        "peers have free: let more peers join, or join with a larger --memory"
+        "peers have free: 3 more peers with 434.0 KiB free would do, or larger --memory where "
+        "peers join"
     )
+    total = sum(DIGITS.node(vnode).memory_bytes(32) for vnode in DIGITS.vnodes())
+    assert error.value.memory_missing_bytes == total - 3 * (400 << 10)
+    assert (error.value.peers_missing, error.value.peer_bytes) == (
+        3, DIGITS.node("fc1").memory_bytes(32),
+    )  # fmt: skip
+    more = hosts + [host(f"q{number}", error.value.peer_bytes) for number in range(3)]
+    assert place(DIGITS, more, batch_size=32).assignments
     many = [host(f"p{number}", memory=400 << 10) for number in range(9)]
     with pytest.raises(SwarmTooSmallError, match=r"9 peers have 3\.5 MiB free, but in pieces"):
         place(DIGITS, many, batch_size=32)
@@ -181,6 +203,8 @@ hosts_strategy = st.lists(
         gflops=st.floats(0, 1000),
         vnodes=st.integers(0, 5),
         ip_group=st.sampled_from(["", "a", "b"]),
+        trust=st.sampled_from([1.0, 1.0, 0.5, 0.0]),
+        coordinate=st.sampled_from([None, at(0.0, 0.0), at(0.08, 0.0), at(0.0, 0.2), at(0.3, 0.1)]),
     ),
     max_size=12,
     unique_by=lambda view: view.peer_id,
@@ -226,6 +250,7 @@ def test_memory_holds_and_order_does_not_matter(
 @given(hosts=hosts_strategy)
 def test_each_goes_where_it_would_be_done_first(hosts: list[HostView]) -> None:
     """The tree search against looking at every host."""
+    hosts = [replace(view, trust=1.0, coordinate=None) for view in hosts]
     one = chain([64, 64])
     try:
         score = place(one, hosts, batch_size=8).scores["fc0"]
@@ -241,17 +266,278 @@ def test_each_goes_where_it_would_be_done_first(hosts: list[HostView]) -> None:
         for view in hosts
         if view.memory_free_bytes >= need
     ]
-    assert score == round(min(finish) / 1e6, 3)
+    # Of those that are within an eighth of the best, the least crowded IP group.
+    assert min(finish) - 1000 <= round(score * 1e6) <= min(finish) * 9 / 8 + 1000
 
 
-def test_a_large_network_on_a_large_swarm_takes_seconds() -> None:
+def test_a_large_network_on_a_large_swarm() -> None:
+    """Its time is `make bench`'s to tell; here only that it is not the product of both."""
     rng = random.Random(1)
     graph = chain([64] * 3_000)
-    hosts = [host(f"p{n}", rng.choice([1, 8, 1024]) << 20, rng.uniform(1, 100)) for n in range(500)]
+    hosts = [
+        replace(
+            host(f"p{n}", rng.choice([1, 8, 1024]) << 20, rng.uniform(1, 100)),
+            coordinate=at(rng.uniform(-0.1, 0.1), rng.uniform(-0.1, 0.1)),
+        )
+        for n in range(500)
+    ]
     started = time.process_time()
     placement = place(graph, hosts, batch_size=32)
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 20  # a bound for the slowest of machines
     assert len(placement.assignments) == 3_000
     assert len(placement.rejected) <= REJECTED_MAX
     free = {view.peer_id: view.memory_free_bytes for view in hosts}
     assert all(taken <= free[peer] for peer, taken in used(graph, placement, 32).items())
+
+
+# Distance, groups, replicas, trust
+
+
+def far_apart(count: int, distance_s: float) -> list[HostView]:
+    """Half of them here, half there."""
+    return [
+        replace(host(f"p{n}"), coordinate=at(distance_s * (n % 2)), ip_group=f"g{n}")
+        for n in range(count)
+    ]
+
+
+def hops(graph: CompiledGraph, placement: Placement, hosts: list[HostView]) -> int:
+    """Edges between the two halves."""
+    side = {view.peer_id: view.coordinate for view in hosts}
+    return sum(
+        side[placement.assignments[ref]] != side[placement.assignments[vnode]]
+        for vnode in graph.vnodes()
+        for ref in graph.node(vnode).inputs
+        if ref in placement.assignments
+    )
+
+
+def test_near_peers_are_preferred_where_the_way_is_long() -> None:
+    graph = chain([64] * 9)
+    hosts = far_apart(8, 0.2)
+    assert hops(graph, place(graph, hosts, batch_size=32), hosts) == 0
+    # The same, no farther than noise: nobody is preferred.
+    hosts = far_apart(8, 0.004)
+    assert len(set(place(graph, hosts, batch_size=32).assignments.values())) == 8
+
+
+def test_a_long_way_is_gone_where_computing_takes_longer() -> None:
+    graph = chain([1024] * 8)
+    slow = [replace(view, gflops=0.5) for view in far_apart(6, 0.05)]
+    placement = place(graph, slow, batch_size=256)
+    assert len(set(placement.assignments.values())) == 6
+    assert hops(graph, placement, slow) > 0
+
+
+def test_after_a_loss_its_vnodes_go_near_to_their_neighbours() -> None:
+    graph = chain([64] * 9)
+    hosts = far_apart(12, 0.2)
+    before = place(graph, hosts, batch_size=32).assignments
+    lost = before["fc3"]
+    counts = collections.Counter(before.values())
+    left = [replace(view, vnodes=counts[view.peer_id]) for view in hosts]
+    after = place(graph, left, batch_size=32, current=before, exclude=[lost])
+    assert hops(graph, after, hosts) == 0
+    assert [vnode for vnode in before if before[vnode] != after.assignments[vnode]] == [
+        vnode for vnode in before if before[vnode] == lost
+    ]
+
+
+def test_a_host_that_does_not_say_where_it_is_counts_as_far() -> None:
+    graph = chain([64] * 5)
+    hosts = [replace(host(f"p{n}"), coordinate=at(0.0)) for n in range(3)]
+    hosts += [replace(host(f"q{n}"), coordinate=at(0.2)) for n in range(3)]
+    silent = replace(host("silent"))
+    placement = place(graph, [*hosts, silent], batch_size=32)
+    assert "silent" not in placement.assignments.values()
+    # Where nobody does, none is far.
+    alone = [replace(view, coordinate=None) for view in hosts] + [silent]
+    assert len(set(place(graph, alone, batch_size=32).assignments.values())) == 6
+
+
+def grouped(groups: dict[str, str], nodes: int = 6) -> CompiledGraph:
+    """A chain of Linears of which some are in groups."""
+    drafts = [
+        Draft(
+            f"fc{n}",
+            "Linear",
+            {"in_features": 64, "out_features": 64},
+            (f"fc{n - 1}" if n else "x",),
+            groups.get(f"fc{n}", ""),
+        )
+        for n in range(nodes)
+    ]
+    return compile_graph(
+        name="grouped",
+        inputs={"x": TensorSpec((64,))},
+        nodes=drafts,
+        loss=Draft("loss", "MSELoss", {}, (drafts[-1].id,), groups.get("loss", "")),
+        optimizer="SGD",
+        optimizer_config={},
+    )
+
+
+def test_a_group_goes_to_one_host_or_nowhere() -> None:
+    graph = grouped({"fc0": "ends", "loss": "ends", "fc3": "middle", "fc4": "middle"})
+    each = graph.node("fc0").memory_bytes(8)
+    hosts = [host(f"p{n}", memory=2 * each) for n in range(5)]
+    placed = place(graph, hosts, batch_size=8).assignments
+    assert placed["fc0"] == placed["loss"]
+    assert placed["fc3"] == placed["fc4"]
+    small = [host(f"p{n}", memory=2 * each - 1) for n in range(9)]
+    with pytest.raises(SwarmTooSmallError, match="VNode fc3 needs"):
+        place(graph, small, batch_size=8)
+    # A group moves as a whole when its host is lost.
+    after = place(graph, hosts, batch_size=8, current=placed, exclude=[placed["fc3"]]).assignments
+    assert after["fc3"] == after["fc4"] != placed["fc3"]
+
+
+def test_replicas_are_on_other_hosts_and_in_other_ip_groups_where_there_are() -> None:
+    hosts = [HostView(f"p{n}", 2.0, GIB, 20.0, 0, f"g{n // 3}") for n in range(9)]
+    group = {view.peer_id: view.ip_group for view in hosts}
+    wanted = {"fc1": 2, "loss": 3}
+    placement = place(DIGITS, hosts, batch_size=32, replicas=wanted)
+    assert {vnode: len(more) for vnode, more in placement.replicas.items()} == wanted
+    for vnode, more in placement.replicas.items():
+        all_of_it = [placement.assignments[vnode], *more]
+        assert len(set(all_of_it)) == len(all_of_it)
+        assert len({group[peer] for peer in all_of_it}) == 3
+    with pytest.raises(SwarmTooSmallError):
+        place(DIGITS, hosts[:3], batch_size=32, replicas={"fc1": 3})
+
+
+def test_whom_nobody_trusts_gets_nothing_and_who_is_trusted_less_gets_less() -> None:
+    graph = chain([64] * 11)
+    hosts = [host("a"), replace(host("b"), trust=0.25), replace(host("c"), trust=0.0)]
+    placement = place(graph, hosts, batch_size=8)
+    count = collections.Counter(placement.assignments.values())
+    assert count["c"] == 0
+    assert 0 < count["b"] <= count["a"] / 3
+    assert ("fc0", "c", "not trusted") in placement.rejected
+    with pytest.raises(SwarmTooSmallError, match="no peer here hosts"):
+        place(graph, [replace(host("c"), trust=float("nan"))], batch_size=8)
+
+
+def test_ip_groups_share_among_hosts_that_are_alike() -> None:
+    # Eight of ten hosts are in one group, slightly faster than the two others.
+    hosts = [
+        HostView(f"p{n}", 2.0, GIB, 20.5 if n < 8 else 20.0, 0, "same" if n < 8 else f"g{n}")
+        for n in range(10)
+    ]
+    placed = place(chain([64, 64, 64]), hosts, batch_size=32).assignments
+    assert len([peer for peer in placed.values() if peer < "p8"]) == 1
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    hosts=hosts_strategy,
+    groups=st.dictionaries(
+        st.sampled_from([f"fc{n}" for n in range(6)] + ["loss"]), st.sampled_from(["g", "h"])
+    ),
+    copies=st.dictionaries(st.sampled_from(["fc0", "fc5", "loss"]), st.integers(0, 2)),
+    seed=st.integers(0, 9),
+)
+def test_groups_stay_together_and_replicas_apart(
+    hosts: list[HostView], groups: dict[str, str], copies: dict[str, int], seed: int
+) -> None:
+    graph = grouped(groups)
+    try:
+        placement = place(graph, hosts, batch_size=4, replicas=copies)
+    except SwarmTooSmallError:
+        return
+    shuffled = random.Random(seed).sample(hosts, len(hosts))
+    assert place(graph, shuffled, batch_size=4, replicas=copies) == placement
+    by_group: dict[str, set[str]] = collections.defaultdict(set)
+    taken: dict[str, int] = collections.defaultdict(int)
+    for vnode, peer in placement.assignments.items():
+        more = placement.replicas.get(vnode, ())
+        assert len({peer, *more}) == 1 + len(more) >= 1 + copies.get(vnode, 0)
+        for one in (peer, *more):
+            taken[one] += graph.node(vnode).memory_bytes(4)
+        if group := groups.get(vnode):
+            by_group[group].add(peer)
+    assert all(len(peers) == 1 for peers in by_group.values())
+    free = {view.peer_id: view.memory_free_bytes for view in hosts if view.trust > 0}
+    assert all(taken[peer] <= free[peer] for peer in taken)
+
+
+SCRIPT = """
+import random
+from p2pnet.gossip.coordinates import Coordinate
+from p2pnet.orchestrator.placement import HostView, place
+from p2pnet.vnode.graph import from_json
+import sys
+rng = random.Random(3)
+hosts = [HostView(f"p{n}", 2.0, rng.choice([1, 4, 64]) << 20, rng.uniform(1, 90), rng.randrange(4),
+                  f"g{n % 7}", rng.choice([1.0, 0.5]),
+                  Coordinate((rng.uniform(-.1, .1), rng.uniform(-.1, .1), 0.0, 0.0), 0.002, 0.1))
+         for n in range(40)]
+graph = from_json(sys.stdin.buffer.read())
+print(place(graph, hosts, batch_size=32, replicas={"loss": 2}))
+"""
+
+
+def test_every_process_computes_the_same() -> None:
+    graph = chain([64] * 30).to_json()
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", SCRIPT],
+            input=graph,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "1", "12345")
+    }
+    assert len(said) == 1
+    assert b"assignments" in said.pop()
+
+
+# Quality, by what a placement is to make small
+
+
+def best_s(graph: CompiledGraph, hosts: list[HostView]) -> float:
+    """The least cost of all placements there are."""
+    vnodes = graph.vnodes()
+    need = [graph.node(vnode).memory_bytes(32) for vnode in vnodes]
+    found = []
+    for choice in itertools.product(hosts, repeat=len(vnodes)):
+        taken: collections.Counter[str] = collections.Counter()
+        for view, size in zip(choice, need, strict=True):
+            taken[view.peer_id] += size
+        if all(taken[view.peer_id] <= view.memory_free_bytes for view in hosts):
+            where = {vnode: view.peer_id for vnode, view in zip(vnodes, choice, strict=True)}
+            found.append(predict(graph, hosts, where, batch_size=32).cost_s)
+    return min(found)
+
+
+def small_case(seed: int, tight: bool) -> tuple[CompiledGraph, list[HostView]]:
+    rng = random.Random(seed)
+    graph = chain([rng.choice([8, 64, 512, 1500]) for _ in range(rng.randint(2, 4))])
+    most = max(graph.node(vnode).memory_bytes(32) for vnode in graph.vnodes())
+    hosts = [
+        HostView(
+            f"p{n}", 2.0, rng.choice([1, 2, 5]) * most if tight else GIB,
+            rng.choice([1.0, 5.0, 20.0, 100.0]), rng.choice([0, 0, 1, 10]), f"g{rng.randrange(3)}",
+            1.0, at(rng.choice([0.0, 0.03, 0.1]), rng.choice([0.0, 0.05])),
+        )
+        for n in range(rng.randint(2, 4))
+    ]  # fmt: skip
+    return graph, hosts
+
+
+@pytest.mark.parametrize("tight", [False, True], ids=["ample", "tight"])
+def test_it_is_near_to_the_best_of_all_placements(tight: bool) -> None:
+    """Within twice the best where memory is ample; nearly always where it is not."""
+    ratios = []
+    for seed in range(60):
+        graph, hosts = small_case(seed, tight)
+        try:
+            placed = place(graph, hosts, batch_size=32).assignments
+        except SwarmTooSmallError:
+            continue
+        cost_s = predict(graph, hosts, placed, batch_size=32).cost_s
+        ratios.append(cost_s / best_s(graph, hosts))
+    assert len(ratios) > 50
+    assert sum(ratios) / len(ratios) < 1.2
+    assert sum(ratio > 2 for ratio in ratios) <= (2 if tight else 0)

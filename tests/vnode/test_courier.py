@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosting import BOSS, ORDER, allocate, manifest_of, network_of, training_input
+from hosting import BOSS, ORDER, allocate, manifest_of, network_of, place, training_input
 from memory_client import MemorySession
 from memory_swarm import MemorySwarm
 from memory_wire import Letter, keypair_of
@@ -32,7 +32,6 @@ def net_at(epoch: int, swarm: MemorySwarm, **locations: str) -> HostedNetwork:
         manifest=manifest_of(GRAPH),
         epoch=epoch,
         claimant=keypair_of(BOSS).peer_id,
-        lease_until=1e9,
         base_step=0,
         state_url="",
         locations={vnode: swarm[name].peer_id for vnode, name in locations.items()},
@@ -83,12 +82,11 @@ def test_what_lives_here_crosses_no_wire(tmp_path: Path) -> None:
 def test_a_former_host_that_knows_is_believed(tmp_path: Path) -> None:
     async def main() -> None:
         async with MemorySwarm(tmp_path, "abc") as swarm:
-            where = {"vnode": "out", "host": swarm["c"].peer_id, "epoch": 1}
-            await allocate(swarm, "b", GRAPH, ORDER[:-2], locations=[where])
-            await allocate(swarm, "c", GRAPH, ["out"])
+            hosts = dict.fromkeys(ORDER, "b") | {"out": "c"}  # as the claim says
+            await place(swarm, GRAPH, hosts)
             net = net_at(1, swarm, out="b")
             await Courier(swarm["a"]).send(net, "VNode/Train", message(), nowhere)
-            assert hops(swarm) == ["b", "c"]
+            assert hops(swarm)[:2] == ["b", "c"]
             assert net.locations == {"out": swarm["c"].peer_id}
 
     play(main())
@@ -246,22 +244,24 @@ def test_what_the_dht_says_of_other_epochs(tmp_path: Path) -> None:
             courier = Courier(swarm["b"])
             net = net_at(1, swarm)
             net.network_id, net.claimant = network.network_id, swarm["a"].peer_id
-            host = await courier.locate(net, "fc1")
+            host, epoch = await courier.locate(net, "fc1", 1)
+            assert epoch == 1
             assert host == next(
                 it.host for it in (await session.status(network)).locations if it.vnode == "fc1"
             )
             net.epoch = 0  # we are behind
+            assert await courier.locate(net, "fc1", 0) == (host, 1)
             with pytest.raises(EpochOver):
-                await courier.locate(net, "fc1")
+                await courier.send(net, "VNode/Train", message("out", 0), nowhere)
             net.epoch = 2  # the DHT is behind
             with pytest.raises(HopFailed, match="does not know where fc1 lives"):
-                await courier.locate(net, "fc1")
+                await courier.locate(net, "fc1", 2)
             net.epoch, net.claimant = 1, swarm["c"].peer_id  # of a race that another has won
             with pytest.raises(HopFailed, match="does not know where fc1 lives"):
-                await courier.locate(net, "fc1")
+                await courier.locate(net, "fc1", 1)
             swarm.dht_answers = False
             with pytest.raises(HopFailed, match="could not be asked"):
-                await courier.locate(net, "fc1")
+                await courier.locate(net, "fc1", 1)
 
     play(main())
 

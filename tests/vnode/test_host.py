@@ -14,7 +14,7 @@ from hosting import (
     ORDER,
     RIVAL,
     allocate,
-    allocation,
+    claim_for,
     feed,
     manifest_of,
     network_of,
@@ -32,10 +32,10 @@ from p2pnet.dht.records import ALLOCATION, make_record
 from p2pnet.errors import RefusedError
 from p2pnet.keys import ACCEPTANCE, sha256, verify
 from p2pnet.v1 import common_pb2, pnode_pb2, records_pb2, vnode_pb2
-from p2pnet.vnode import hosting as table
+from p2pnet.vnode import tenancy
+from p2pnet.vnode.hosting import Usage
 from p2pnet.vnode.network import BATCH_SAMPLES
 from p2pnet.vnode.state import decode_state, model_digest, weights_of
-from p2pnet.vnode.trainee import Trainee
 
 GRAPH = small_graph()
 NETWORK = network_of(GRAPH)
@@ -87,7 +87,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"manifest": common_pb2.Signed(payload=manifest_of(GRAPH).payload)},
         "BAD_REQUEST",
     ),
-    "a directory of its own choice": ({"state_url": "file:///home"}, "NOT_GRANTED"),
     "a stranger": ({"by": "stranger"}, "NOT_GRANTED"),
 }
 
@@ -117,14 +116,14 @@ def test_a_host_takes_no_more_than_it_lends(tmp_path: Path) -> None:
             reply = await allocate(swarm, "a", GRAPH, ["fc1", "act", "fc2"])
             assert reply.refusal.code == code("NO_MEMORY")
             assert str(lent) in reply.refusal.detail
-            reply = await allocate(swarm, "a", GRAPH, ["fc1"])
+            reply = await allocate(swarm, "a", GRAPH, ["fc1"], epoch=2)
             assert not reply.HasField("refusal")
             # what the network has here already is free for it
-            reply = await allocate(swarm, "a", GRAPH, ["fc1", "act"], epoch=2)
+            reply = await allocate(swarm, "a", GRAPH, ["fc1", "act"], epoch=3)
             assert not reply.HasField("refusal")
             reply = await allocate(swarm, "a", small_graph(name="other"), ["fc1"])
             assert reply.refusal.code == code("NO_MEMORY")
-            reply = await allocate(swarm, "client", GRAPH, ["fc1"])
+            reply = await allocate(swarm, "client", GRAPH, ["fc1"], epoch=4)
             assert reply.refusal.code == code("NOT_GRANTED")
 
     play(main())
@@ -133,7 +132,7 @@ def test_a_host_takes_no_more_than_it_lends(tmp_path: Path) -> None:
 def test_networks_that_are_gone_make_room_for_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table, "NETWORKS_MAX", 2)
+    monkeypatch.setattr(tenancy, "NETWORKS_MAX", 2)
     graphs = [small_graph(seed=seed) for seed in range(4)]
 
     async def main() -> None:
@@ -171,34 +170,27 @@ def test_only_a_newer_epoch_moves_a_host_on(tmp_path: Path) -> None:
     play(main())
 
 
+@pytest.mark.parametrize("newer_first", [False, True])
 @pytest.mark.parametrize("claimant", [BOSS, RIVAL])
 def test_of_two_allocations_at_once_the_newer_one_holds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, claimant: str
+    tmp_path: Path, claimant: str, newer_first: bool
 ) -> None:
-    """While a host closes the VNodes of epoch 1 for epoch 2, epoch 3 comes."""
-
     async def main() -> None:
         async with MemorySwarm(tmp_path, "a") as swarm:
-            await allocate(swarm, "a", GRAPH, epoch=1)
-            begun, going = asyncio.Event(), asyncio.Event()
-            close = Trainee.close
-
-            async def slow(self: Trainee) -> None:
-                begun.set()
-                await going.wait()
-                await close(self)
-
-            monkeypatch.setattr(Trainee, "close", slow)
-            older = asyncio.ensure_future(allocate(swarm, "a", GRAPH, ["out"], epoch=2))
-            await begun.wait()
-            newer = asyncio.ensure_future(allocate(swarm, "a", GRAPH, epoch=3, by=claimant))
-            await asyncio.sleep(1)
-            going.set()
-            refused = (await older).refusal
-            assert (refused.code, refused.epoch) == (code("STALE_EPOCH"), 3)
-            said = [
-                records_pb2.Allocation.FromString(it.payload) for it in (await newer).acceptances
+            everywhere = dict.fromkeys(ORDER, "a")
+            await claim_for(swarm, GRAPH, 2, BOSS, everywhere)
+            await claim_for(swarm, GRAPH, 3, claimant, everywhere)
+            calls = [
+                allocate(swarm, "a", GRAPH, epoch=2),
+                allocate(swarm, "a", GRAPH, epoch=3, by=claimant),
             ]
+            order = [1, 0] if newer_first else [0, 1]
+            answers = dict(
+                zip(order, await asyncio.gather(*(calls[at] for at in order)), strict=True)
+            )
+            refused = answers[0].refusal
+            assert (refused.code, refused.epoch) == (code("STALE_EPOCH"), 3)
+            said = [records_pb2.Allocation.FromString(it.payload) for it in answers[1].acceptances]
             assert {(it.epoch, it.claimant) for it in said} == {(3, keypair_of(claimant).peer_id)}
             assert swarm["a"].host.usage.vnodes == 6
 
@@ -290,7 +282,7 @@ def test_messages_of_another_epoch_are_refused_with_ours(
             beaten = await swarm.ask(
                 "a", "PNode/Heartbeat", beat, pnode_pb2.HeartbeatReply, by=BOSS
             )
-            assert (beaten.refusal.code, beaten.refusal.epoch) == (code("STALE_EPOCH"), 2)
+            assert (beaten.refusal.code, beaten.refusal.epoch) == (code(expected), 2)
 
     play(main())
 
@@ -329,7 +321,7 @@ def test_what_nobody_renews_is_let_go_in_the_end(tmp_path: Path) -> None:
             await asyncio.sleep(300)
             assert swarm["a"].host.usage.vnodes == 6
             await asyncio.sleep(400)
-            assert swarm["a"].host.usage == table.Usage(0, 0)
+            assert swarm["a"].host.usage == Usage(0, 0)
 
     play(main())
 
@@ -354,12 +346,12 @@ def test_a_call_for_a_vnode_that_lives_elsewhere_is_told_where(tmp_path: Path) -
                 ("Forward", vnode_pb2.ForwardRequest(**ids), vnode_pb2.HopReply),
                 ("Collect", vnode_pb2.CollectRequest(**ids), vnode_pb2.CollectReply),
             )
-            for call in calls:  # by its own hint
+            for call in calls:  # the claim says so
                 assert (await refused_by("a", *call)).host == swarm["b"].peer_id
-            swarm["a"].host.forget_locations()
+            swarm["a"].restart_host()
             for call in calls:  # nobody knows
                 assert (await refused_by("a", *call)).host == ""
-            reply = await allocate(swarm, "b", GRAPH, ["out"])
+            reply = await allocate(swarm, "b", GRAPH, ["out"], hosts=hosts)
             await publish(swarm, reply.acceptances[0], epoch=1)
             for call in calls:  # the DHT knows
                 refused = await refused_by("a", *call)
@@ -557,22 +549,5 @@ def test_health_and_first_contact(tmp_path: Path) -> None:
             assert reply.advert == swarm["a"].advert()
             with pytest.raises(RefusedError):  # somebody else's
                 await swarm.ask("a", "PNode/Register", request, pnode_pb2.RegisterReply, by="c")
-
-    play(main())
-
-
-def test_an_allocation_again_with_other_vnodes_is_the_new_one(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with MemorySwarm(tmp_path, "a") as swarm:
-            await allocate(swarm, "a", GRAPH, ["fc1", "act"])
-            await allocate(swarm, "a", GRAPH, ["act", "out"])
-            health = await swarm.ask(
-                "a",
-                "VNode/Health",
-                vnode_pb2.HealthRequest(network_id=NETWORK),
-                vnode_pb2.HealthReply,
-            )
-            assert [it.vnode for it in health.vnodes] == ["act", "out"]
-            assert allocation(GRAPH).vnodes == list(ORDER)
 
     play(main())

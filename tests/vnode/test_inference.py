@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hosting import ORDER, allocate, network_of, place
+from claims import Log
+from hosting import ORDER, allocate, allocation, network_of, place, teach
 from memory_client import MemorySession
 from memory_swarm import MemorySwarm
 from memory_wire import Letter, keypair_of
@@ -18,7 +19,7 @@ from virtual_time import play
 
 from p2pnet.client import inference as client
 from p2pnet.errors import NotFoundError, RefusedError, UnreachableError, UsageError
-from p2pnet.v1 import common_pb2, vnode_pb2
+from p2pnet.v1 import common_pb2, pnode_pb2, vnode_pb2
 from p2pnet.vnode import edges, inference
 from p2pnet.vnode.hosted import HostedComponent
 from p2pnet.vnode.network import BATCH_SAMPLES, REASON_CHARS_MAX
@@ -141,10 +142,10 @@ async def give(swarm: MemorySwarm, name: str, request: vnode_pb2.ForwardRequest)
 
 
 async def collect(
-    swarm: MemorySwarm, name: str, request_id: bytes, timeout_s: float = 5.0
+    swarm: MemorySwarm, name: str, request_id: bytes, timeout_s: float = 5.0, *, epoch: int = 1
 ) -> vnode_pb2.CollectReply:
     request = vnode_pb2.CollectRequest(
-        network_id=NETWORK, epoch=1, request_id=request_id, vnode="out"
+        network_id=NETWORK, epoch=epoch, request_id=request_id, vnode="out"
     )
     letter = Letter(keypair_of("stranger").peer_id, swarm[name].peer_id, "VNode/Collect", request)
     return vnode_pb2.CollectReply.FromString(await swarm.carry(letter, timeout_s))
@@ -328,23 +329,65 @@ def test_outputs_that_nobody_fetches_give_way_to_newer_ones(
     play(main())
 
 
-def test_a_pass_goes_where_the_vnode_lives_now(tmp_path: Path) -> None:
-    """The hint of a host is of before: whom it names says where the VNode is."""
+def moved(log_hosts: Any, swarm: MemorySwarm, name: str, epoch: int, **changes: Any) -> Any:
+    mine = [vnode for vnode in ORDER if log_hosts[vnode] == name]
+    return allocate(swarm, name, GRAPH, mine, epoch=epoch, hosts=log_hosts, **changes)
+
+
+def test_a_pass_goes_where_the_vnodes_live_now(tmp_path: Path) -> None:
+    """A host is at an epoch that is over; the next one tells it, and the pass goes on there."""
 
     async def main() -> None:
-        async with MemorySwarm(tmp_path, "abc") as swarm:
-            await place(swarm, GRAPH, SPREAD)
-            now = SPREAD | {"out": "c"}
-            for name in "bc":
-                mine = [vnode for vnode in ORDER if now[vnode] == name]
-                where = [
-                    {"vnode": vnode, "host": swarm[host].peer_id, "epoch": 1}
-                    for vnode, host in now.items()
-                ]
-                await allocate(swarm, name, GRAPH, mine, locations=where)
+        async with MemorySwarm(tmp_path, "abcd") as swarm:
+            before = dict(zip(ORDER, "abcbcc", strict=True))
+            await place(swarm, GRAPH, before)
+            now = {vnode: "d" if name == "c" else name for vnode, name in before.items()}
+            for name in "bd":  # "a" has not heard yet, and "c" never will
+                assert not (await moved(now, swarm, name, 2)).HasField("refusal")
             x = samples(4)
-            await ask(swarm, SPREAD, x, b"id")
-            reply = await collect(swarm, "c", b"id")
+            assert (await give(swarm, "a", forward("fc1", "x", x, b"id"))).code == 0
+            there = forward("skip", "x", x, b"id")
+            refused = await give(swarm, "b", there)
+            assert refused.code == common_pb2.REFUSAL_CODE_STALE_EPOCH
+            assert (refused.host, refused.epoch) == (swarm["b"].peer_id, 2)
+            there.epoch = 2
+            assert (await give(swarm, "b", there)).code == 0
+            reply = await collect(swarm, "d", b"id", epoch=2)
             np.testing.assert_allclose(decode(reply.tensor), plain_output(0, x), rtol=1e-5)
+
+    play(main())
+
+
+def test_a_client_with_old_allocations_is_sent_on(tmp_path: Path) -> None:
+    """All VNodes have moved and the DHT has not heard of it: the hosts say where they are."""
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abcd") as swarm:
+            session = MemorySession(swarm)
+            network = await submit(session, swarm["a"].peer_id)
+            rows = await session.where_is(network)
+            names = {row.vnode: swarm.nodes[row.peer_id].name for row in rows}
+            history = await swarm.log_of(network.network_id)
+            keepers = swarm.names(history.keepers)
+            log = Log.of(GRAPH, history, keepers)
+            following = dict(zip("abcd", "bcda", strict=True))
+            now = {vnode: following[name] for vnode, name in names.items()}
+            claim = log.claim("a", now)
+            await teach(swarm, log, names=keepers, by="a")
+            for name in dict.fromkeys(now.values()):
+                mine = [vnode for vnode in ORDER if now[vnode] == name]
+                request = allocation(
+                    GRAPH, mine, claim, epoch=2, network_id=network.network_id,
+                    manifest=log.manifest,
+                )  # fmt: skip
+                reply = await swarm.ask(
+                    name, "PNode/Allocate", request, pnode_pb2.AllocateReply, by="a"
+                )
+                assert not reply.HasField("refusal"), reply.refusal
+            x = samples(4)
+            before = swarm.loop.time()
+            output = await client.infer(session, network, GRAPH, {"x": x})
+            np.testing.assert_allclose(output, plain_output(0, x), rtol=1e-5, atol=1e-6)
+            assert swarm.loop.time() - before < client.RETRY_S, "it had to try again"
 
     play(main())

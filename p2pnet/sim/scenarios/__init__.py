@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from p2pnet.sim.scenario import Scenario
-from p2pnet.sim.scenarios import accusers, churn, detection, eclipse, lookups, pauses, spread, swarm
+from p2pnet.sim.scenarios import (
+    accusers,
+    churn,
+    detection,
+    eclipse,
+    log,
+    lookups,
+    orchestration,
+    pauses,
+    spread,
+    swarm,
+)
 
 SCENARIOS: dict[str, Scenario] = {
     module.SCENARIO.name: module.SCENARIO
@@ -12,7 +23,9 @@ SCENARIOS: dict[str, Scenario] = {
         churn,
         detection,
         eclipse,
+        log,
         lookups,
+        orchestration,
         pauses,
         spread,
         swarm,

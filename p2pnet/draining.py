@@ -1,0 +1,81 @@
+"""A shell: moves everything away from this node, before it goes or instead of going."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from p2pnet.errors import P2PNetError
+from p2pnet.keys import short
+from p2pnet.orchestrator.shell import Orchestrator
+from p2pnet.swarm import Swarm
+from p2pnet.v1 import orchestrator_pb2
+from p2pnet.vnode.shell import Host
+
+logger = logging.getLogger(__name__)
+
+TELL_TIMEOUT_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """What has come of it: VNodes moved and left, networks handed over and left, by name."""
+
+    moved: int
+    left: int
+    handed_over: tuple[str, ...]
+    left_behind: tuple[str, ...]
+
+
+class Draining:
+    """Lives on the gRPC thread. `stop_hosting` has the membership told; any thread."""
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        host: Host,
+        orchestrator: Orchestrator,
+        stop_hosting: Callable[[], None],
+    ) -> None:
+        self._swarm = swarm
+        self._host = host
+        self._orchestrator = orchestrator
+        self._stop_hosting = stop_hosting
+        self._one_at_a_time = asyncio.Lock()
+
+    async def drain(self) -> Drained:
+        """Has every orchestrator move our VNodes, then hands over what we orchestrate.
+
+        In this order: a network of our own moves its VNodes in good order, while it is
+        still ours. What cannot be moved stays as it is, and is named.
+        """
+        async with self._one_at_a_time:
+            self._host.drain()
+            self._stop_hosting()
+            moved = sum(await asyncio.gather(*map(self._tell, self._host.claimants())))
+            names = self._orchestrator.names()
+            left_behind = await self._orchestrator.resign()
+            return Drained(
+                moved=moved,
+                left=self._host.usage.vnodes,
+                handed_over=tuple(name for name in names if name not in left_behind),
+                left_behind=tuple(left_behind),
+            )
+
+    async def _tell(self, peer_id: str) -> int:
+        if peer_id == self._swarm.keypair.peer_id:
+            return await self._orchestrator.move_away(peer_id)
+        try:
+            reply = await self._swarm.call(
+                peer_id,
+                "Orchestrator/Leaving",
+                orchestrator_pb2.LeavingRequest(),
+                orchestrator_pb2.LeavingReply,
+                timeout_s=TELL_TIMEOUT_S,
+            )
+        except P2PNetError as error:
+            logger.warning("orchestrator %s was not told that we go: %s", short(peer_id), error)
+            return 0
+        return int(reply.moved)

@@ -1,0 +1,72 @@
+"""What a host is asked for, and whether that is what it has agreed to. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from google.protobuf.message import DecodeError
+
+from p2pnet.errors import MalformedError, RefusedError
+from p2pnet.keys import ACCEPTANCE, verify
+from p2pnet.log.history import History
+from p2pnet.orchestrator.hosts import by_host
+from p2pnet.v1 import common_pb2, pnode_pb2, records_pb2
+from p2pnet.vnode.graph import CompiledGraph
+
+
+def allocate_requests(
+    history: History,
+    graph: CompiledGraph,
+    claim: common_pb2.Signed,
+    placement: Mapping[str, str],
+    *,
+    lease_s: int,
+    step: int,
+    states: Mapping[str, common_pb2.BlobRef],
+    state_url: str,
+) -> dict[str, pnode_pb2.AllocateRequest]:
+    """What each host of a claimed placement is asked, by host in order.
+
+    `history` ends with the claim; `step` and `states` are the cut to start from.
+    """
+    locations = [
+        pnode_pb2.Location(vnode=vnode, host=host, epoch=history.epoch)
+        for vnode, host in sorted(placement.items())
+    ]
+    return {
+        host: pnode_pb2.AllocateRequest(
+            network_id=history.network_id,
+            epoch=history.epoch,
+            manifest=history.manifest,
+            graph=graph.to_json(),
+            vnodes=vnodes,
+            lease_s=lease_s,
+            step=step,
+            states={vnode: states[vnode] for vnode in vnodes if vnode in states},
+            locations=locations,
+            state_url=state_url,
+            claim=claim,
+        )
+        for host, vnodes in by_host(placement).items()
+    }
+
+
+def check_accepted(
+    network_id: str,
+    epoch: int,
+    host: str,
+    vnodes: Sequence[str],
+    acceptances: Sequence[common_pb2.Signed],
+) -> None:
+    """Raises RemoteError unless the host has signed just what it was asked for."""
+    said = []
+    for accepted in acceptances:
+        if verify(ACCEPTANCE, accepted) != host:
+            raise RefusedError("the host signed as somebody else")
+        try:
+            it = records_pb2.Allocation.FromString(accepted.payload)
+        except DecodeError:
+            raise MalformedError("the host signed what is no allocation") from None
+        said.append((it.network_id, it.vnode, it.host, it.epoch))
+    if sorted(said) != [(network_id, vnode, host, epoch) for vnode in sorted(vnodes)]:
+        raise RefusedError("the host agreed to something else than it was asked for")

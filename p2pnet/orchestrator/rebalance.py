@@ -1,0 +1,219 @@
+"""When a placement is so much better than the present one that it is worth a move. Pure.
+
+Moving stops a network for a moment, and a view is a guess: what was a gain half a minute
+ago may be none now, and two networks that both flee to the idle host meet there. So a move
+is proposed only where the foretold step gets shorter by a factor *and* by a time, where
+this has been so for a while, where it pays back what moving costs, and after a pause, of
+the network and of each VNode; and only so many an hour. It is never a step backwards in
+safety: not to hosts that are trusted less, not more of the network into one IP group, not
+onto hosts without memory for the newcomers while those who go are still there, and not
+while one of the hosts is suspected or missing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from p2pnet.errors import UsageError
+from p2pnet.orchestrator.costs import LINK_BYTES_PER_S, HostView, trust_of
+from p2pnet.orchestrator.placement import place
+from p2pnet.orchestrator.predict import predict
+from p2pnet.vnode.graph import CompiledGraph
+
+HOUR_S = 3600.0
+RESTART_S = 2.0  # a claim, the allocations, and the feeder's way back
+
+
+@dataclass(frozen=True, slots=True)
+class Hysteresis:
+    """How sure a gain has to be."""
+
+    factor: float = 1.5  # of the step's time
+    gain_s: float = 0.02  # a step
+    held_s: float = 90.0  # so long the gain has been there, whenever it was looked for
+    payback_s: float = 300.0  # of training, by which the move has cost nothing
+    pause_s: float = 600.0  # since the last relocation of anything, by whatever reason
+    vnode_pause_s: float = 1800.0  # since that of the same VNode
+    moves_an_hour: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A better placement of the whole network, and what speaks for it."""
+
+    placement: Mapping[str, str]
+    moved: tuple[str, ...]  # VNodes
+    before_s: float  # a step
+    after_s: float
+    reason: str
+
+
+def improve(
+    graph: CompiledGraph,
+    hosts: Sequence[HostView],
+    current: Mapping[str, str],
+    *,
+    batch_size: int,
+    hysteresis: Hysteresis = Hysteresis(),
+) -> Move | None:
+    """The best move there is now, by the factor, the gain, the payback and the safety rules.
+
+    `hosts` are those that may be used, with what they host now, this network included.
+    """
+    by_id = {host.peer_id: host for host in hosts}
+    used = [by_id.get(current.get(vnode, "")) for vnode in graph.vnodes()]
+    now_on = [host for host in used if host is not None]
+    if len(now_on) < len(used) or any(host.suspect for host in now_on):
+        return None
+    floor = max(trust_of(host) for host in now_on)
+    on = frozenset(host.peer_id for host in now_on)
+    choice = [
+        host
+        for host in hosts
+        if host.peer_id in on or (trust_of(host) >= floor and not host.suspect)
+    ]
+    empty = _without(graph, choice, current, batch_size)
+    before = predict(graph, empty, current, batch_size=batch_size)
+    if before.step_s < hysteresis.gain_s:
+        return None
+    # Few go where the others stay; if that is not enough, all may.
+    for rows, stay in ((choice, current), (empty, None)):
+        try:
+            placed = place(graph, rows, batch_size=batch_size, current=stay).assignments
+        except UsageError:
+            continue
+        after = predict(graph, empty, placed, batch_size=batch_size)
+        moved = tuple(vnode for vnode in graph.vnodes() if placed[vnode] != current[vnode])
+        gain_s = before.step_s - after.step_s
+        if gain_s < hysteresis.gain_s or before.step_s < hysteresis.factor * after.step_s:
+            continue
+        cost_s = RESTART_S + graph.cut_every / 2 * before.step_s
+        cost_s += sum(graph.node(vnode).state_bytes for vnode in moved) / LINK_BYTES_PER_S
+        if cost_s * before.step_s > gain_s * hysteresis.payback_s:
+            continue
+        if not _as_safe(graph, by_id, current, placed, moved, batch_size):
+            continue
+        reason = (
+            f"a step would take {after.step_s * 1e3:.0f} ms instead of {before.step_s * 1e3:.0f}"
+        )
+        return Move(placed, moved, before.step_s, after.step_s, reason)
+    return None
+
+
+class Rebalancer:
+    """Whether to move a network now. Asked every half minute or so, for as long as it lives.
+
+    It sees by itself what has been moved since it was asked last, by whomever.
+    """
+
+    def __init__(
+        self,
+        graph: CompiledGraph,
+        *,
+        batch_size: int,
+        hysteresis: Hysteresis = Hysteresis(),
+    ) -> None:
+        self._graph = graph
+        self._batch = batch_size
+        self._hysteresis = hysteresis
+        self._seen: Mapping[str, str] = {}
+        self._relocated_at: float | None = None
+        self._moved_at: dict[str, float] = {}
+        self._better_since: float | None = None
+        self._proposed: deque[float] = deque(maxlen=max(1, hysteresis.moves_an_hour))
+        self._looked_at: tuple[tuple[HostView, ...], Mapping[str, str]] | None = None
+        self._found: Move | None = None
+
+    def improve(
+        self, hosts: Sequence[HostView], current: Mapping[str, str], now: float
+    ) -> Move | None:
+        """A move that is worth it now, or None. `hosts` as for `improve`."""
+        rules = self._hysteresis
+        self._notice(current, now)
+        found = self._look(hosts, current)
+        if found is None:
+            self._better_since = None
+            return None
+        if self._better_since is None:
+            self._better_since = now
+        rested = self._relocated_at is None or now - self._relocated_at >= rules.pause_s
+        tired = any(
+            now - self._moved_at.get(vnode, float("-inf")) < rules.vnode_pause_s
+            for vnode in found.moved
+        )
+        spent = len(self._proposed) == self._proposed.maxlen and now - self._proposed[0] < HOUR_S
+        if now - self._better_since < rules.held_s or not rested or tired or spent:
+            return None
+        self._proposed.append(now)
+        self._relocated_at = now  # whether or not it comes to it
+        self._better_since = None
+        return found
+
+    def _notice(self, current: Mapping[str, str], now: float) -> None:
+        moved = [vnode for vnode in current if self._seen.get(vnode) not in (None, current[vnode])]
+        for vnode in moved:
+            self._moved_at[vnode] = now
+        if moved:
+            self._relocated_at = now
+        self._seen = dict(current)
+
+    def _look(self, hosts: Sequence[HostView], current: Mapping[str, str]) -> Move | None:
+        """Looks again only where something is different: a large network takes a second."""
+        view = tuple(sorted(hosts, key=lambda host: host.peer_id)), dict(current)
+        if view != self._looked_at:
+            self._looked_at = view
+            self._found = improve(
+                self._graph,
+                view[0],
+                current,
+                batch_size=self._batch,
+                hysteresis=self._hysteresis,
+            )
+        return self._found
+
+
+def _without(
+    graph: CompiledGraph, hosts: Sequence[HostView], current: Mapping[str, str], batch_size: int
+) -> list[HostView]:
+    """The same hosts as if nothing of this network were there."""
+    ours: Counter[str] = Counter()
+    kept: Counter[str] = Counter()
+    for vnode in graph.vnodes():
+        ours[current[vnode]] += 1
+        kept[current[vnode]] += graph.node(vnode).memory_bytes(batch_size)
+    return [
+        replace(
+            host,
+            vnodes=max(0, host.vnodes - ours[host.peer_id]),
+            memory_free_bytes=host.memory_free_bytes + kept[host.peer_id],
+        )
+        for host in hosts
+    ]
+
+
+def _as_safe(
+    graph: CompiledGraph,
+    hosts: Mapping[str, HostView],
+    current: Mapping[str, str],
+    placed: Mapping[str, str],
+    moved: Sequence[str],
+    batch_size: int,
+) -> bool:
+    arriving: Counter[str] = Counter()
+    for vnode in moved:
+        if trust_of(hosts[placed[vnode]]) < trust_of(hosts[current[vnode]]):
+            return False
+        arriving[placed[vnode]] += graph.node(vnode).memory_bytes(batch_size)
+    # They are loaded there before the others are dropped.
+    if any(need > hosts[peer_id].memory_free_bytes for peer_id, need in arriving.items()):
+        return False
+    largest = _largest_group(hosts, placed)
+    return largest <= max(_largest_group(hosts, current), len(placed) // 2)
+
+
+def _largest_group(hosts: Mapping[str, HostView], placement: Mapping[str, str]) -> int:
+    """How many VNodes the IP group with most of them has."""
+    groups = Counter(hosts[peer].ip_group or peer for peer in placement.values())
+    return max(groups.values(), default=0)
