@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import shipped, simulated, table
+from benchmarks import placing, shipped, simulated, table
 from benchmarks.figures import Row, verdict
 from benchmarks.processes import Failed
 from benchmarks.rounds import Round, Size, measure
@@ -39,6 +39,7 @@ def main() -> None:
         wanted.remove(HIVEMIND)
     nodes: dict[str, shipped.Shipped | str] = {}
     plays: simulated.Played = {}
+    placed: list[placing.Placed] = []
 
     def say(what: str) -> None:
         console.print(f"{what} ...", style="dim", highlight=False)
@@ -57,6 +58,9 @@ def main() -> None:
         sizes = simulated.NODES[:1] if options.quick else simulated.NODES
         plays = simulated.play_all(sizes, long=options.long)
         table.show_simulated(console, plays)
+        say("placement")
+        placed = placing.place_all()
+        table.show_placed(console, placed)
     machine = (
         f"{os.cpu_count()} CPUs, {platform.system()} {platform.machine()}, "
         f"load average {os.getloadavg()[0]:.1f}"
@@ -69,6 +73,7 @@ def main() -> None:
             "table": [_row_as_json(row, by_system) for row, by_system in rows],
             "shipped": _plain(nodes),
             "simulated": plays,
+            "placed": placing.as_rows(placed),
             "rounds": _plain(rounds),
         }
         _write(options.json, json.dumps(figures, indent=1) + "\n")

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.figures import MIB, ROWS, Figure, Goal, Row, over_rounds, verdict
+from benchmarks.placing import Placed
 from benchmarks.rounds import Round
 from benchmarks.shipped import Shipped
 from benchmarks.systems import ALL, HIVEMIND, P2PNET
@@ -79,6 +80,24 @@ def show_simulated(
                 for one in results
             ]
             table.add_row(f"{scenario}: {name}", *cells)
+    console.print(table)
+
+
+def show_placed(console: Console, placed: Sequence[Placed]) -> None:
+    """What a placement takes."""
+    table = Table(title="Placement, by number of VNodes / PNodes; CPU time of one core")
+    table.add_column("")
+    for one in placed:
+        table.add_column(f"{one.vnodes:,} / {one.pnodes:,}", justify="right")
+    seconds = (
+        ("nobody far from anybody", [one.place_s for one in placed]),
+        ("in twenty places of the world", [one.place_far_s for one in placed]),
+        ("the same after a loss", [one.again_far_s for one in placed]),
+        ("a step, foretold", [one.step_s for one in placed]),
+    )
+    for name, row in seconds:
+        table.add_row(name, *(f"{_number(one)} s" for one in row))
+    table.add_row("VNodes moved after a loss", *(str(one.moved) for one in placed))
     console.print(table)
 
 

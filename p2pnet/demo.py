@@ -1,4 +1,4 @@
-"""The main job on one machine: a swarm trains a network and survives two kills.
+"""The main job on one machine: a swarm trains a network and survives three kills.
 
 Nothing is pretended: the nodes are processes of their own, talk over loopback
 as they would over a network, and are ended with SIGKILL. What the swarm ends up
@@ -41,6 +41,7 @@ SEED = 0
 ACCURACY_MIN = 0.95
 BOOTSTRAP_DIES_AFTER = 2  # epochs
 HOST_DIES_AFTER = 5
+ORCHESTRATOR_DIES_AFTER = 8
 
 
 class Reporter(Protocol):
@@ -176,13 +177,13 @@ class _Demo:
         self._report = report
         self._kill = kill
         self._killed: list[dict[str, Any]] = []
-        self._steps = 0
+        self._killed_at = 0.0
 
     def run(self, nodes: int, stack: ExitStack) -> dict[str, Any]:
         with self._phase(f"starting {nodes} nodes"):
             bootstrap = self._start(nodes)
-        # The network is looked after by the second node, so that the first may die.
-        client = stack.enter_context(Client(data_dir=self._swarm.nodes[1].data_dir))
+        # We ask the last node, the second looks after the network; all others may die.
+        client = stack.enter_context(Client(data_dir=self._swarm.nodes[-1].data_dir))
         with self._phase("finding each other"):
             self._wait_for_members(client, nodes)
         with self._phase("placing the network"):
@@ -245,7 +246,7 @@ class _Demo:
     def _submit(self, client: Client) -> Network:
         spec = resources.files("p2pnet").joinpath("data/digits.yaml")
         with resources.as_file(spec) as path:
-            network = client.submit(path)
+            network = client.submit(path, orchestrator=self._orchestrator.peer_id)
         hosts = {row["peer_id"] for row in network.locate()}
         if len(hosts) < 3:
             raise LocalError(f"the network was placed on {len(hosts)} hosts only")
@@ -256,7 +257,7 @@ class _Demo:
         total = -(-len(x) // BATCH_SIZE) * EPOCHS
 
         def on_step(step: int, loss: float) -> None:
-            self._steps = step
+            self._note_recovery()
             self._report.steps(step, total, loss)
 
         def on_epoch(row: dict[str, Any]) -> None:
@@ -268,6 +269,8 @@ class _Demo:
                 self._kill_bootstrap()
             if self._kill and row["epoch"] == HOST_DIES_AFTER:
                 self._kill_in_backward(client, network)
+            if self._kill and row["epoch"] == ORCHESTRATOR_DIES_AFTER:
+                self._kill_orchestrator()
 
         network.train(
             lambda epoch: batches(x, y, BATCH_SIZE, SEED, epoch),
@@ -278,16 +281,35 @@ class _Demo:
 
     def _kill_bootstrap(self) -> None:
         node = self._swarm.nodes[0]
-        self._swarm.kill(node)
-        self._killed.append({"peer_id": node.peer_id, "what": "bootstrap peer"})
+        self._killed_now(node, "bootstrap peer")
         self._report.say(f"SIGKILL to the bootstrap peer {short(node.peer_id)}")
+
+    def _kill_orchestrator(self) -> None:
+        self._killed_now(self._orchestrator, "orchestrator")
+        self._report.say(f"SIGKILL to the orchestrator {short(self._orchestrator.peer_id)}")
+
+    @property
+    def _orchestrator(self) -> _Node:
+        return self._swarm.nodes[1]
+
+    def _killed_now(self, node: _Node, what: str) -> None:
+        self._swarm.kill(node)
+        self._killed.append({"peer_id": node.peer_id, "what": what})
+        self._killed_at = time.monotonic()
+
+    def _note_recovery(self) -> None:
+        """A step is decided: how long after the last kill that is, if it is the first."""
+        if self._killed and "seconds" not in self._killed[-1]:
+            seconds = round(time.monotonic() - self._killed_at, 2)
+            self._killed[-1]["seconds"] = seconds
+            self._report.say(f"the next step was decided {seconds:.1f} s after the kill")
 
     def _kill_in_backward(self, client: Client, network: Network) -> None:
         """Has the host of a Linear stop inside its next backward pass, and ends it there."""
-        orchestrator = self._swarm.nodes[1].peer_id
+        spared = (self._orchestrator.peer_id, self._swarm.nodes[-1].peer_id)
         place = {row["vnode"]: row["peer_id"] for row in network.locate()}
-        linears = [node.id for node in network.graph.nodes if node.type == "Linear"]
-        vnode = next(v for v in linears if place[v] != orchestrator)
+        linears_first = sorted(network.graph.nodes, key=lambda node: node.type != "Linear")
+        vnode = next(node.id for node in linears_first if place[node.id] not in spared)
         node = self._swarm.by_peer(place[vnode])
 
         async def stop_and_kill() -> None:
@@ -301,14 +323,9 @@ class _Demo:
                 )
             finally:
                 await session.close()
-            self._swarm.kill(node)
+            what = f"host of {vnode}, inside the backward pass of step {reached.step}"
+            self._killed_now(node, what)
             shutil.rmtree(node.data_dir)
-            self._killed.append(
-                {
-                    "peer_id": node.peer_id,
-                    "what": f"host of {vnode}, inside the backward pass of step {reached.step}",
-                }
-            )
             self._report.say(
                 f"SIGKILL to {short(node.peer_id)} inside the backward pass of {vnode}, "
                 f"step {reached.step}; its disk is gone too"
@@ -325,8 +342,8 @@ class _Demo:
     ) -> None:
         self.doing = "checking the result"
         dead = {kill["peer_id"] for kill in self._killed}
-        if self._kill and len(dead) != 2:
-            raise LocalError(f"{len(dead)} of 2 peers were killed")
+        if self._kill and len(dead) != 3:
+            raise LocalError(f"{len(dead)} of 3 peers were killed")
         if self._kill and not moves:
             raise LocalError("nothing was relocated")
         if any(row["peer_id"] in dead for row in rows):

@@ -17,6 +17,8 @@ from p2pnet.vnode.shell import Host
 logger = logging.getLogger(__name__)
 
 TELL_TIMEOUT_S = 15.0
+EMPTIED_S = 2.0
+EMPTIED_CHECKS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class Draining:
             self._host.drain()
             self._stop_hosting()
             moved = sum(await asyncio.gather(*map(self._tell, self._host.claimants())))
+            await self._emptied()
             names = self._orchestrator.names()
             left_behind = await self._orchestrator.resign()
             return Drained(
@@ -63,6 +66,13 @@ class Draining:
                 handed_over=tuple(name for name in names if name not in left_behind),
                 left_behind=tuple(left_behind),
             )
+
+    async def _emptied(self) -> None:
+        """Waits a moment for the orchestrators' word that we have lost our VNodes."""
+        for _ in range(EMPTIED_CHECKS):
+            if not self._host.usage.vnodes:
+                return
+            await asyncio.sleep(EMPTIED_S / EMPTIED_CHECKS)
 
     async def _tell(self, peer_id: str) -> int:
         if peer_id == self._swarm.keypair.peer_id:

@@ -177,7 +177,7 @@ async def run_node(
             serves=scope.serves,
             service=lambda: str((scope.describe() or {"id": ""})["id"]),
         )
-        keeper = KeeperService(keypair, data.path / "keeper")
+        keeper = KeeperService(keypair, data.path / "keeper", events.emit)
         orchestrator = Orchestrator(
             around,
             config.state_url,

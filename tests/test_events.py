@@ -124,6 +124,22 @@ def test_what_happens_while_a_follower_catches_up_comes_once() -> None:
     asyncio.run(main())
 
 
+def test_what_is_on_its_way_to_others_comes_once_to_a_new_follower() -> None:
+    async def main() -> None:
+        bus = EventBus()
+        bus.bind(asyncio.get_running_loop())
+        early, late = bus.follow(), bus.follow(since="")
+        assert of(await anext(early)) == {"event": "following"}
+        bus.emit("number", n=1)  # the loop has not yet run since
+        assert of(await anext(late)) == {"event": "number", "n": 1}
+        assert of(await anext(late)) == {"event": "following"}
+        bus.emit("number", n=2)
+        for follower, expected in ((early, [1, 2]), (late, [2])):
+            assert [of(await anext(follower))["n"] for _ in expected] == expected
+
+    asyncio.run(main())
+
+
 def test_who_is_far_behind_misses_events_and_holds_nobody_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

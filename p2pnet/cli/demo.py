@@ -15,9 +15,9 @@ from p2pnet.cli.options import print_json
 @click.option("--no-kill", is_flag=True, help="Spare the nodes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def demo(nodes: int, no_kill: bool, as_json: bool) -> None:
-    """Train a network on real handwritten digits in a swarm of processes, and kill two of them."""
+    """Train a network on real handwritten digits in a swarm of processes, and kill three."""
     if nodes < 5 and not no_kill:
-        raise click.UsageError("with fewer than 5 nodes there are too few left after two kills: "
+        raise click.UsageError("with fewer than 5 nodes there are too few left after three kills: "
                                "add --no-kill")  # fmt: skip
     from p2pnet.demo import run_demo
 
@@ -38,7 +38,10 @@ def demo(nodes: int, no_kill: bool, as_json: bool) -> None:
             f"{move['seconds']:.1f} s ({move['reason']})"
         )
     for kill in result["killed"]:
-        click.echo(f"Killed: …{kill['peer_id'][-8:]}, {kill['what']}")
+        click.echo(
+            f"Killed: …{kill['peer_id'][-8:]}, {kill['what']}: the next step was decided "
+            f"{kill['seconds']:.1f} s later"
+        )
     click.echo("Phases: " + ", ".join(f"{name} {s:.1f} s" for name, s in screen.phases))
     click.echo(f"Model digest {result['model_digest']}, bit for bit that of plain torch.")
     click.echo(

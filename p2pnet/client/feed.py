@@ -53,8 +53,6 @@ _LOOK_FURTHER = (
     common_pb2.REFUSAL_CODE_NOT_GRANTED,
     common_pb2.REFUSAL_CODE_DRAINING,
 )
-# What the next orchestrator would say too.
-_FOR_GOOD = (common_pb2.REFUSAL_CODE_BAD_REQUEST, common_pb2.REFUSAL_CODE_CLOSED)
 
 
 class Feed:
@@ -199,7 +197,9 @@ class Feed:
             self._link.superseded()
         if refusal.code in _LOOK_FURTHER:
             self._link.left(detail, refusal.host, now, effects)
-        elif refusal.code in _FOR_GOOD:
+        elif refusal.code == common_pb2.REFUSAL_CODE_CLOSED:
+            raise UsageError(detail)
+        elif refusal.code == common_pb2.REFUSAL_CODE_BAD_REQUEST:
             raise UsageError(f"network {self._name}: {detail}")
         else:
             raise RefusedError(detail, code=refusal.code)

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from p2pnet.client.connection import Patience
 from p2pnet.client.run import fitted
 from p2pnet.client.session import NetworkInfo, Session
 from p2pnet.errors import NotFoundError, RefusedError, UnreachableError, root_of
@@ -25,7 +26,6 @@ CHUNKS_AT_ONCE = 4
 HOP_TIMEOUT_S = 5.0
 OUTPUT_TIMEOUT_S = 15.0
 GIVE_UP_S = 60.0
-RETRY_S = 0.3
 REDIRECTS_MAX = 4
 BUSY_PAUSE_S = 0.05
 
@@ -76,18 +76,16 @@ async def infer(
 async def _until_done(
     session: Session, network: NetworkInfo, graph: CompiledGraph, inputs: Mapping[str, Array]
 ) -> Array:
-    loop = asyncio.get_running_loop()
-    give_up_at = loop.time() + GIVE_UP_S
-    told: Places = {}  # what hosts have said, which may be newer than what the DHT says
+    patience = Patience(f"an answer of network {graph.name}", GIVE_UP_S)
     while True:
         try:
-            return await _once(session, network, graph, inputs, told)
+            return await _once(session, network, graph, inputs)
         except (_Moved, UnreachableError, NotFoundError) as error:
-            if loop.time() > give_up_at:
-                raise UnreachableError(
+            await patience.wait(
+                UnreachableError(
                     f"network {graph.name} gave no answer for {GIVE_UP_S:g} s: {error}"
-                ) from error
-        await asyncio.sleep(RETRY_S)
+                )
+            )
 
 
 async def _once(

@@ -179,7 +179,7 @@ class Networks(Connection):
                 return reply
             except RefusedError as error:
                 if error.code == _CLOSED:
-                    raise UsageError(f"network {network.name}: {error}") from None
+                    raise UsageError(str(error)) from None
                 if error.code not in LOOK_FURTHER:
                     raise
                 problem = error
@@ -189,7 +189,7 @@ class Networks(Connection):
             try:
                 network = await self.locate(network)
             except RefusedError as error:
-                raise UsageError(f"network {network.name}: {error}") from None
+                raise UsageError(str(error)) from None
 
     async def _records(self, name: str) -> list[NetworkInfo]:
         """Every author's record of the networks of that name or id."""

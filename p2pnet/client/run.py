@@ -274,7 +274,7 @@ class TrainingRun:
         try:
             found = await self._session.locate(self._network)
         except RefusedError as error:  # it is closed
-            self._end(UsageError(f"network {self._network.name}: {error}"))
+            self._end(UsageError(str(error)))
         except RemoteError as error:
             self._take(NotFound(str(error)))
         except P2PNetError as error:  # ours: the local node is gone

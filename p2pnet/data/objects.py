@@ -122,13 +122,13 @@ class Bucket:
             raise ResourceError(self._sentence(verb, key, str(error))) from None
 
     def _sentence(self, verb: str, key: str, detail: str) -> str:
-        if "NoSuchBucket" in detail:
-            return f"there is no bucket for {self.url}: make it, or check the name and the endpoint"
-        if "169.254.169.254" in detail or "credential" in detail.lower():
+        if "/latest/" in detail:  # without keys a cloud provider's machine is asked for them
             return (
                 f"there are no credentials for {self.url}: set AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY"
             )
+        if "NoSuchBucket" in detail:
+            return f"there is no bucket for {self.url}: make it, or check the name and the endpoint"
         if re.search(r"\b40[13]\b", detail):
             return (
                 f"the object store does not let this node {verb} {self.url}: check "

@@ -70,6 +70,18 @@ class OpenRecord:
         return (self.epoch, self.sequence, self.signed.payload)
 
     @property
+    def subject(self) -> str | None:
+        """What a higher epoch under the same key outdoes, whoever its author is; None: nothing.
+
+        Under a VNode's key and a network's there is but one network; under a name any
+        number, by their ids. Services have no claims.
+        """
+        if isinstance(self.content, records_pb2.NetworkRecord):
+            network_id = self.content.network_id
+            return "" if self.key == network_key(network_id) else str(network_id)
+        return "" if isinstance(self.content, records_pb2.Allocation) else None
+
+    @property
     def expires_in_s(self) -> float:
         """What is left of its life; below zero: nothing."""
         return self.ttl_s - self.age_s
@@ -174,7 +186,7 @@ def _open_allocation(record: records_pb2.Record, author: str) -> records_pb2.All
         raise ForgedError("an allocation under another epoch than its record's")
     if record.key != vnode_key(allocation.network_id, allocation.vnode):
         raise ForgedError("an allocation under another VNode's key")
-    _check_manifest(allocation.manifest, allocation.network_id, author)
+    _check_manifest(allocation.manifest, allocation.network_id, author, record.epoch)
     return allocation
 
 
@@ -192,7 +204,7 @@ def _open_network(record: records_pb2.Record, author: str) -> records_pb2.Networ
         raise ForgedError("a network's body under another epoch than its record's")
     if record.key not in (name_key(network.name), network_key(network.network_id)):
         raise ForgedError("a network's record under neither its name's nor its id's key")
-    manifest = _check_manifest(network.manifest, network.network_id, author)
+    manifest = _check_manifest(network.manifest, network.network_id, author, record.epoch)
     if manifest.name != network.name:
         raise ForgedError("a network's record under another name than its owner gave it")
     return network
@@ -210,13 +222,15 @@ def _open_service(record: records_pb2.Record) -> records_pb2.SignedService:
 
 
 def _check_manifest(
-    signed: common_pb2.Signed, network_id: str, claimant: str
+    signed: common_pb2.Signed, network_id: str, claimant: str, epoch: int
 ) -> records_pb2.Manifest:
     if len(signed.payload) > MANIFEST_BYTES_MAX or network_id_of(signed) != network_id:
         raise ForgedError("a record whose manifest is not that of its network")
     manifest = open_manifest(signed)
     if not grants(manifest, claimant):
         raise ForgedError(f"the network's owner grants {keys.short(claimant)} nothing")
+    if 0 < manifest.limits.claims_max < epoch:  # each claim is one epoch further
+        raise ForgedError(f"the network's owner allows {manifest.limits.claims_max} claims")
     return manifest
 
 
@@ -227,7 +241,7 @@ def _check_texts(what: str, texts: Iterable[str], count_max: int) -> None:
 
 
 def merge(records: Iterable[OpenRecord]) -> list[OpenRecord]:
-    """The newest of each author, newest first, at most AUTHORS_MAX.
+    """The newest of each author, newest first, at most AUTHORS_MAX; none of an epoch that is over.
 
     Of one and the same record the greater age counts: copies only grow older.
     Commutative, associative and idempotent, so that the order in which holders
@@ -239,7 +253,17 @@ def merge(records: Iterable[OpenRecord]) -> list[OpenRecord]:
         if known is None or (known.rank, known.age_s) < (record.rank, record.age_s):
             newest[record.author] = record
     in_order = sorted(newest.values(), key=lambda r: (r.epoch, r.sequence, r.author), reverse=True)
-    return in_order[:AUTHORS_MAX]
+    return in_date(in_order)[:AUTHORS_MAX]
+
+
+def in_date(records: Iterable[OpenRecord]) -> list[OpenRecord]:
+    """Of records under one key those of the newest epoch of their subject (DESIGN D6)."""
+    all_of = list(records)
+    highest: dict[str, int] = {}
+    for record in all_of:
+        if record.subject is not None:
+            highest[record.subject] = max(record.epoch, highest.get(record.subject, 0))
+    return [r for r in all_of if r.subject is None or r.epoch == highest[r.subject]]
 
 
 def serialise_set(records: Iterable[OpenRecord]) -> bytes:

@@ -62,6 +62,7 @@ def serialise(held: Held, wall_ms: int, *, records_bytes_max: int = TOTAL_BYTES_
             sequence=mark.sequence,
             age_ms=_up_ms(mark.age_s),
             source=mark.source,
+            subject=mark.subject,
         )
     room_bytes = HINT_BYTES_MAX
     for hint in reversed(held.hints[-HINTS_MAX:]):  # the latest before all
@@ -128,7 +129,7 @@ def _parts(kept: pb.KeptStore, wall_ms: Callable[[], int], at_once: int) -> Iter
                 dropped["a record that has expired"] += 1
                 marks.append(
                     Mark(record.key, record.author, record.epoch, record.sequence, record.age_s,
-                         source)
+                         source, record.subject)
                 )  # fmt: skip
         yield Held(records, marks, hints[::-1], +dropped)
         marks, hints, dropped = [], [], Counter()
@@ -143,7 +144,8 @@ def _mark(kept: pb.KeptMark, down_s: float) -> Mark | None:
     if max(kept.epoch, kept.sequence) > _COUNTER_MAX:
         return None
     age_s = kept.age_ms / 1000 + down_s
-    return Mark(kept.key, kept.author, kept.epoch, kept.sequence, age_s, source)
+    subject = kept.subject[:_SOURCE_CHARS_MAX] if kept.HasField("subject") else None
+    return Mark(kept.key, kept.author, kept.epoch, kept.sequence, age_s, source, subject)
 
 
 def _hint(kept: pb.KeptHint, down_s: float) -> Hint | None:

@@ -31,7 +31,7 @@ MARKS_MAX = 16384
 class Mark:
     """The rank of the newest record that was held of an author, and is no longer.
 
-    `age_s`: how old that record would be by now.
+    `age_s`: how old that record would be by now. `subject`: that record's.
     """
 
     key: bytes
@@ -40,12 +40,14 @@ class Mark:
     sequence: int
     age_s: float
     source: str
+    subject: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Past:
     rank: tuple[int, int]
     born: float
+    subject: str | None = None
 
 
 _NEVER = _Past((-1, -1), math.inf)
@@ -59,7 +61,8 @@ class _Entry:
 
     @property
     def past(self) -> _Past:
-        return _Past((self.record.epoch, self.record.sequence), self.born)
+        record = self.record
+        return _Past((record.epoch, record.sequence), self.born, record.subject)
 
 
 _Place = tuple[int, bytes, str]  # how far from us, key, author
@@ -91,6 +94,9 @@ class RecordStore:
         # The highest (epoch, sequence) met of what is held no longer, and since when it
         # was: an expired record must not come back as young, nor an older one at all.
         self._marks: Shares[tuple[bytes, str], _Past] = Shares(marks_max)
+        # The highest epoch met of a subject, by whomever: whose claim is over shall not be
+        # believed again when the records of who came after him have run out.
+        self._fences: Shares[tuple[bytes, str], int] = Shares(marks_max)
         self.changes = 0  # how often anything did
 
     @property
@@ -112,6 +118,8 @@ class RecordStore:
         passes copies on can neither revive it nor make it expire.
         """
         at = (record.key, record.author)
+        if self._is_over(record):
+            return False
         held = self._entries.get(record.key, {}).get(record.author)
         if held is not None:
             if record.rank == held.record.rank:
@@ -119,7 +127,8 @@ class RecordStore:
             if record.rank < held.record.rank:
                 return False
             source = held.source  # as in `Shares.put`
-        sifted = self.sift([record], now)
+        sifted = self.sift([record], now, source)
+        held = self._entries.get(record.key, {}).get(record.author)  # it may just have given way
         if not sifted or not self._make_room(record, held, source):
             return False
         born = now - sifted[0].age_s
@@ -129,11 +138,14 @@ class RecordStore:
         self._add(_Entry(record, born, source))
         return True
 
-    def sift(self, records: Iterable[OpenRecord], now: float) -> list[OpenRecord]:
+    def sift(
+        self, records: Iterable[OpenRecord], now: float, source: str = ""
+    ) -> list[OpenRecord]:
         """Of checked records that others passed on, those that live by what we remember.
 
         Without those older than what is or was held here, and none of them younger
-        than it is here, or would be; nor is an author's contradicting twin of it.
+        than it is here, or would be; nor is an author's contradicting twin of it. None is
+        of an epoch that is over, by what was met here or by the others.
         """
         good: list[OpenRecord] = []
         for record in records:
@@ -143,7 +155,9 @@ class RecordStore:
                 record = replace(record, age_s=max(record.age_s, now - past.born))
             if (record.epoch, record.sequence) >= past.rank and 0 <= record.age_s < record.ttl_s:
                 good.append(record)
-        return good
+        for record in good:
+            self._fence(record.key, record.subject, record.epoch, source)
+        return [record for record in good if not self._is_over(record)]
 
     def get(self, key: bytes, now: float) -> list[OpenRecord]:
         """What is held under a key, newest first, each with the age that it has by now."""
@@ -163,17 +177,18 @@ class RecordStore:
     def marks(self, now: float) -> list[Mark]:
         """What is remembered of records held no longer, the oldest first."""
         return [
-            Mark(key, author, *past.rank, max(0.0, now - past.born), source)
+            Mark(key, author, *past.rank, max(0.0, now - past.born), source, past.subject)
             for (key, author), past, source in self._marks.items()
         ]
 
     def remember(self, mark: Mark, now: float) -> None:
         """Takes a mark from before a restart."""
+        self._fence(mark.key, mark.subject, mark.epoch, mark.source)
         at, rank = (mark.key, mark.author), (mark.epoch, mark.sequence)
         known = (self._marks.get(at) or _NEVER).rank
         if rank > known and mark.author not in self._entries.get(mark.key, {}):
             self.changes += 1
-            self._marks.put(at, _Past(rank, now - mark.age_s), mark.source)
+            self._marks.put(at, _Past(rank, now - mark.age_s, mark.subject), mark.source)
 
     def expire(self, now: float) -> None:
         """Drops what has had its time."""
@@ -189,6 +204,7 @@ class RecordStore:
     def check(self) -> None:
         """Raises AssertionError if an invariant does not hold."""
         self._marks.check()
+        self._fences.check()
         authors: Counter[str] = Counter()
         sources: Counter[str] = Counter()
         size = 0
@@ -198,6 +214,7 @@ class RecordStore:
                 assert (entry.record.key, entry.record.author) == (key, author)
                 assert self._place(entry.record) in self._of_source[entry.source]
                 assert (key, author) not in self._marks
+                assert not self._is_over(entry.record)
                 authors[author] += entry.record.size_bytes
                 sources[entry.source] += entry.record.size_bytes
                 size += 1
@@ -206,6 +223,20 @@ class RecordStore:
         assert self._source_bytes == sources
         assert self._total_bytes == sources.total() <= self._total_bytes_max
         assert max(authors.values(), default=0) <= self._author_bytes_max
+
+    def _is_over(self, record: OpenRecord) -> bool:
+        """Whether a newer claim than the record's was met."""
+        if record.subject is None:
+            return False
+        return record.epoch < (self._fences.get((record.key, record.subject)) or 0)
+
+    def _fence(self, key: bytes, subject: str | None, epoch: int, source: str) -> None:
+        if subject is None or epoch <= (self._fences.get((key, subject)) or 0):
+            return
+        self._fences.put((key, subject), epoch, source)
+        for entry in list(self._entries.get(key, {}).values()):
+            if self._is_over(entry.record):
+                self._give_up(key, entry.record.author)
 
     def _make_room(self, record: OpenRecord, replaced: _Entry | None, source: str) -> bool:
         """Whether the record fits within every bound, after others gave way to it."""

@@ -7,6 +7,7 @@ but the parsing of messages. It serves the simulator and runs of real processes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -61,7 +62,7 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """Whoever trains was given the result of a step."""
+    """Whoever trains was given the result of a step; NaN: that it is lost with who had it."""
 
     feeder: str
     step: int
@@ -249,7 +250,7 @@ def _commits(slots: Sequence[_Slot], saved: Sequence[Saved], golden: Golden) -> 
         wanted = golden(step)
         for vnode in sorted(commit.states):
             digest = commit.states[vnode].digest
-            if wanted is not None and wanted.get(vnode) != digest:
+            if wanted is not None and wanted.get(vnode, digest) != digest:
                 found.append(
                     Violation(
                         "one run of steps",
@@ -357,7 +358,7 @@ def _heard(
             )
         last[one.feeder] = one.step
         wanted = loss(one.step)
-        if wanted is not None and wanted != one.loss:
+        if wanted is not None and not math.isnan(one.loss) and wanted != one.loss:
             found.append(
                 Violation(
                     "the result of that step",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from p2pnet import clock
@@ -24,13 +24,16 @@ class KeeperService:
     Files: `<dir>/<network id>/<slot>`, each written whole and synced.
     """
 
-    def __init__(self, key: KeyPair, directory: Path) -> None:
-        """Reads what was kept before.
+    def __init__(
+        self, key: KeyPair, directory: Path, emit: Callable[..., None] | None = None
+    ) -> None:
+        """Reads what was kept before. `emit` is told of each entry that is learned.
 
         Raises:
             LocalError: a file is damaged, and which; nothing is thrown away.
         """
         self._directory = directory
+        self._emit = emit
         self._core = Keeper.load(key, _read_all(directory))
         self._one_at_a_time = asyncio.Lock()
         self._broken = ""
@@ -88,6 +91,8 @@ class KeeperService:
                     except OSError as error:
                         self._broken = f"this keeper cannot write: {error.strerror}"
                         raise ResourceError(self._broken) from error
+                    if isinstance(event, Learn) and self._emit is not None:
+                        self._emit("log_learned", network_id=effect.network_id, slot=effect.slot)
                 elif isinstance(effect, Reply):
                     reply = effect.message
             return reply

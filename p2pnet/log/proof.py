@@ -9,8 +9,10 @@ keeper nor an orchestrator that signs entries for itself can lengthen it, and
 keepers that are long gone need not be asked about the slots that they decided.
 What a proof does not tell is whether more was decided since: see `reader`.
 
-As in Paxos, keepers crash and forget nothing, and a majority of a slot's keepers
-do not lie together with an orchestrator that the owner has granted.
+Among the keepers themselves the assumption is Paxos's: they may crash, sleep and come
+back, but they forget nothing and do not lie to a proposer. One that hides what it
+has accepted, while two orchestrators race for a slot, could split that slot; to
+bear that takes 3f+1 keepers and larger quorums (Castro and Liskov 1999).
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class Proposer:
         self._rounds_left = rounds_max
         self._rounds = 0
         self._ballot: BallotKey = (0, me)
-        self._round_seen = 0
+        self._seen = dict.fromkeys(self._keepers, 0)  # the highest round that each has told
         self._value: common_pb2.Signed | None = None  # proposed in this round; None: preparing
         self._yes: dict[str, log_pb2.PrepareReply | log_pb2.AcceptReply] = {}
         self._no: dict[str, str] = {}
@@ -167,7 +167,7 @@ class Proposer:
             return self._fail()
         self._rounds += 1
         self._rounds_left -= 1
-        self._ballot = (max(self._ballot[0], self._round_seen) + 1, self._me)
+        self._ballot = (max(self._ballot[0], self._round_of_a_majority()) + 1, self._me)
         self._value = None
         self._yes, self._no, self._taught = {}, {}, {}
         self._waiting = False
@@ -216,7 +216,7 @@ class Proposer:
             except RemoteError as error:
                 return self._on_no(keeper, f"its decided entry does not hold: {error}", now)
             return self._decided(reply.entry, reply.proof)
-        self._see(reply.ballot)
+        self._see(keeper, reply.ballot)
         if to_key(request.ballot) != self._ballot or self._value is not None or self._waiting:
             return []
         if not reply.HasField("ballot"):
@@ -254,7 +254,7 @@ class Proposer:
     ) -> list[Effect]:
         assert isinstance(reply, log_pb2.AcceptReply)
         assert self._value is not None
-        self._see(reply.ballot)
+        self._see(keeper, reply.ballot)
         if not reply.accepted:
             return self._on_no(keeper, "has promised a higher ballot", now)
         ballot = to_ballot(self._ballot)
@@ -294,9 +294,17 @@ class Proposer:
             *(Send(keeper, everything) for keeper in new),
         ]
 
-    def _see(self, ballot: log_pb2.Ballot) -> None:
-        if ballot.round < ROUND_MAX:  # a higher one is a lie that would end all rounds
-            self._round_seen = max(self._round_seen, ballot.round)
+    def _see(self, keeper: str, ballot: log_pb2.Ballot) -> None:
+        if ballot.round < ROUND_MAX:
+            self._seen[keeper] = max(self._seen[keeper], ballot.round)
+
+    def _round_of_a_majority(self) -> int:
+        """The lowest round that a majority has not gone beyond, as far as they tell.
+
+        Not the highest round that anybody tells: one keeper that lies would drive all
+        proposers to the end of all rounds, and the slot would never be decided.
+        """
+        return sorted(self._seen.values())[self._majority - 1]
 
     def _holds(self, entry: common_pb2.Signed) -> bool:
         """Whether a keeper's entry could count here; a keeper may lie."""

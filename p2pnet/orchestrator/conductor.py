@@ -23,7 +23,7 @@ from p2pnet.errors import RemoteError
 from p2pnet.keys import KeyPair, short
 from p2pnet.log.history import History, check_entry, new_claim, new_closing
 from p2pnet.orchestrator import messages as m
-from p2pnet.orchestrator.allocations import allocate_requests, check_accepted
+from p2pnet.orchestrator.allocations import allocate_requests, check_accepted, relocations_of
 from p2pnet.orchestrator.desk import REASON_CHARS_MAX, Desk
 from p2pnet.orchestrator.feeding import refused
 from p2pnet.orchestrator.hosts import by_host
@@ -272,6 +272,8 @@ class Conductor:
                 self._host_ready(event)
             case m.Beaten() | m.NotBeaten():
                 self._heartbeat_answered(event)
+            case m.Released():
+                self._desk.hosts.released(event.host, event.heard)
             case m.MemberGone():
                 self._member_gone(event)
             case m.MemberCame():
@@ -353,6 +355,7 @@ class Conductor:
             return
         self._begin = None
         self._desk.placement = dict(history.placement)
+        self._relocations = relocations_of(history)[-RELOCATIONS_KEPT:]
         if history.epoch:
             self.taken_over = history.epoch + 1
             self._desk.note(
@@ -589,6 +592,7 @@ class Conductor:
         self._beat_at = desk.now + HEARTBEAT_S
         self._improve_at = desk.now + IMPROVE_S
         desk.out.append(m.Publish(desk.epoch, tuple(self._acceptances), desk.history.keepers))
+        self._release()
         desk.note("placed", epoch=desk.epoch, placement=dict(desk.placement))
         self._training.begin_epoch()
         if self.phase is Phase.READY:
@@ -678,8 +682,7 @@ class Conductor:
 
     def _beat(self) -> None:
         desk = self._desk
-        for host in desk.hosts.to_release(desk.alive):
-            desk.out.append(m.Release(host, desk.epoch - 1))
+        self._release()
         for host in by_host(desk.placement):
             if host not in self._beating:
                 self._beating[host] = None
@@ -687,6 +690,12 @@ class Conductor:
                     network_id=self.network_id, epoch=desk.epoch, lease_s=LEASE_S
                 )
                 desk.out.append(m.Beat(host, request))
+
+    def _release(self) -> None:
+        """Tells former hosts that are there; the others when they come back."""
+        desk = self._desk
+        for host in desk.hosts.to_release(desk.alive):
+            desk.out.append(m.Release(host, desk.epoch - 1))
 
     def _heartbeat_answered(self, event: m.Beaten | m.NotBeaten) -> None:
         desk = self._desk

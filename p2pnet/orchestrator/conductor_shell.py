@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from p2pnet.core import Tick
-from p2pnet.errors import P2PNetError, RefusedError, RemoteError
+from p2pnet.errors import P2PNetError, RefusedError
 from p2pnet.keys import short
 from p2pnet.log.shell import Log
 from p2pnet.orchestrator import messages as m
@@ -147,7 +147,7 @@ class ConductedNetwork:
             case m.Beat():
                 self._spawn(self._beat(effect))
             case m.Release():
-                self._tasks.spawn(self._release(effect))
+                self._spawn(self._release(effect))
             case m.Store():
                 self._spawn(self._store(effect))
             case m.Retain():
@@ -199,7 +199,7 @@ class ConductedNetwork:
             reply = await self._call(
                 effect.host, "PNode/Ready", effect.request, pnode_pb2.ReadyReply, READY_TIMEOUT_S
             )
-        except RemoteError as error:
+        except P2PNetError as error:
             return m.HostReady(effect.host, str(error))
         return m.HostReady(effect.host, reply.refusal.detail)
 
@@ -209,7 +209,7 @@ class ConductedNetwork:
             reply = await self._call(
                 host, "PNode/Allocate", effect.request, pnode_pb2.AllocateReply, ALLOCATE_TIMEOUT_S
             )
-        except RemoteError as error:
+        except P2PNetError as error:
             return m.NotAllocated(host, epoch, str(error))
         if reply.HasField("refusal"):
             return m.NotAllocated(host, epoch, reply.refusal.detail, reply.refusal.code)
@@ -225,19 +225,21 @@ class ConductedNetwork:
                 pnode_pb2.HeartbeatReply,
                 HEARTBEAT_TIMEOUT_S,
             )
-        except RemoteError as error:
+        except P2PNetError as error:
             return m.NotBeaten(host, epoch, str(error))
         refusal = reply.refusal if reply.HasField("refusal") else None
         return m.Beaten(host, epoch, tuple(reply.vnodes), refusal)
 
-    async def _release(self, effect: m.Release) -> None:
+    async def _release(self, effect: m.Release) -> m.Event:
         request = pnode_pb2.DropRequest(network_id=self.core.network_id, epoch=effect.epoch)
         try:
             await self._call(
                 effect.host, "PNode/Drop", request, pnode_pb2.DropReply, RELEASE_TIMEOUT_S
             )
-        except RemoteError as error:  # its lease ends without us, too
+        except P2PNetError as error:  # its lease ends without us, too
             logger.info("peer %s was not told to let go: %s", short(effect.host), error)
+            return m.Released(effect.host, heard=False)
+        return m.Released(effect.host, heard=True)
 
     async def _store(self, effect: m.Store) -> m.Event:
         sizes = [self.core.graph.node(vnode).state_bytes for vnode in effect.vnodes]
@@ -253,7 +255,7 @@ class ConductedNetwork:
         host, epoch, step = effect.host, effect.epoch, effect.step
         try:
             reply = await self._call(host, "VNode/Save", request, vnode_pb2.SaveReply, timeout_s)
-        except RemoteError as error:
+        except P2PNetError as error:
             return m.NotStored(host, epoch, step, str(error))
         if reply.HasField("refusal"):
             return m.NotStored(host, epoch, step, reply.refusal.detail)
@@ -264,7 +266,9 @@ class ConductedNetwork:
         others = [
             member.peer_id
             for member in self._swarm.members()
-            if member.alive and member.hosting and member.peer_id != effect.host
+            if member.alive
+            and member.hosting
+            and member.peer_id not in (effect.host, *effect.avoid)
         ]
         at = sum(effect.host.encode()) % max(1, len(others))
         turned = others[at:] + others[:at]

@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import median_low
 
 from p2pnet.gossip.coordinates import AXES, Coordinate
 from p2pnet.vnode.graph import Node
@@ -83,7 +82,7 @@ class Distances:
     """Round trips between hosts, by their index, from coordinates (Vivaldi).
 
     A host that does not say where it is counts as being as far from everybody as those
-    that do typically are from each other.
+    that do are from each other on average.
     """
 
     def __init__(self, hosts: Sequence[HostView]) -> None:
@@ -93,7 +92,8 @@ class Distances:
         order = sorted(range(len(hosts)), key=lambda index: hosts[index].peer_id)
         known = [place for index in order if (place := self._places[index]) is not None]
         pairs = [_apart_ns(a, [b])[0] for a, b in pairwise(known)]
-        self._unknown_ns = median_low(pairs) if pairs else 0
+        # Rounded up, so that nobody is near to two places that are far from each other.
+        self._unknown_ns = -(-sum(pairs) // max(1, len(pairs) * NEAR_NS)) * NEAR_NS
         self._silent = [index for index, place in enumerate(self._places) if place is None]
         self._filled = [place or _NOWHERE for place in self._places]
         self.matter = any(pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -125,8 +126,8 @@ class Greedy:
     def _place(self, unit: Unit) -> None:
         loads, work = self._loads, unit.work
         homes = [self._now[node.id] for node in unit.nodes if node.id in self._now]
-        for leaf, cost, need in homes:
-            loads.charge(leaf, -cost, -need)
+        for home, cost, need in homes:
+            loads.charge(home, -cost, -need)
         self._note_rejected(unit)
         arrivals = self._arrivals(unit)
         onward = self._onward(unit)
@@ -206,10 +207,8 @@ class Greedy:
                 # Who is not next to where the last comes from is as far from it as they are.
                 far_ns = self._distances.row(arrivals[0][1])[near[-1]]
         within_ns = _alike(min(found.values())) - far_ns if found else FOREVER_NS
-        for finish, leaf in loads.first(work, within_ns):
-            if leaf not in found:
-                found[leaf] = finish + self._nearness.waits_ns([leaf], arrivals, onward)[0]
-            break
+        for wanted, leaf in itertools.islice(loads.first(work, within_ns), 1):
+            found[leaf] = wanted + self._nearness.waits_ns([leaf], arrivals, onward)[0]
         if not found:
             return None
         most = _alike(min(found.values()))

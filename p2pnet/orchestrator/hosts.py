@@ -15,7 +15,7 @@ class HostBook:
         self._shunned: dict[str, float] = {}  # until when
         self._leaving: dict[str, None] = {}
         self._missed: dict[str, int] = {}
-        self._former: dict[str, None] = {}
+        self._former: dict[str, bool] = {}  # whether it is being told
 
     def leaves(self, peer_id: str) -> None:
         """The peer is about to go: nothing is placed there any more."""
@@ -55,16 +55,23 @@ class HostBook:
     def lost(self, placed: Iterable[str], now_placed: Iterable[str]) -> None:
         """Of the hosts of an older placement, those of no newer one are to be told."""
         for host in placed:
-            self._former[host] = None
+            self._former[host] = False
         for host in now_placed:
             self._former.pop(host, None)
 
     def to_release(self, alive: Mapping[str, None]) -> list[str]:
-        """Former hosts that are there to be told, once each; the others, when they come back."""
-        told = [host for host in self._former if host in alive]
-        for host in told:
-            del self._former[host]
-        return told
+        """Former hosts that are there to be told; until they have heard, again and again."""
+        to_tell = [host for host, telling in self._former.items() if host in alive and not telling]
+        for host in to_tell:
+            self._former[host] = True
+        return to_tell
+
+    def released(self, host: str, heard: bool) -> None:
+        """A former host was told, or could not be."""
+        if heard:
+            self._former.pop(host, None)
+        elif host in self._former:
+            self._former[host] = False
 
 
 def by_host(placement: Mapping[str, str]) -> dict[str, tuple[str, ...]]:

@@ -129,6 +129,14 @@ class NotBeaten:
 
 
 @dataclass(frozen=True, slots=True)
+class Released:
+    """A former host was told that it is one, or could not be."""
+
+    host: str
+    heard: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
     """A host has stored the states of a cut."""
 
@@ -237,9 +245,9 @@ class CancelAsked:
 
 Event = (
     Begin | LogRead | LogSilent | Appended | NotAppended | Planned | Allocated | NotAllocated
-    | HostReady | Beaten | NotBeaten | Stored | NotStored | ReportArrived | MemberGone | MemberCame
-    | FeederCame | FeederLeft | FeederEnds | FeederFailed | CutAsked | HostLeaves | Resign
-    | CancelAsked | Tick
+    | HostReady | Beaten | NotBeaten | Released | Stored | NotStored | ReportArrived
+    | MemberGone | MemberCame | FeederCame | FeederLeft | FeederEnds | FeederFailed
+    | CutAsked | HostLeaves | Resign | CancelAsked | Tick
 )  # fmt: skip
 
 
@@ -313,7 +321,7 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Tell a former host that it has lost its VNodes, up to that epoch. No answer is waited for."""
+    """Tell a former host that it has lost its VNodes, up to that epoch: `Released`."""
 
     host: str
     epoch: int
@@ -323,7 +331,8 @@ class Release:
 class Store:
     """Have a host store its VNodes' states after a step: `Stored` or `NotStored`.
 
-    `first`: who should have copies before others do, since the VNodes move there.
+    `first`: who should have copies before others do, since the VNodes move there;
+    `avoid`: who failed us lately, and is not to be waited for.
     """
 
     host: str
@@ -331,6 +340,7 @@ class Store:
     step: int
     vnodes: tuple[str, ...]
     first: tuple[str, ...] = ()
+    avoid: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

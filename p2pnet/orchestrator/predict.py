@@ -118,3 +118,15 @@ def predict(
         busiest,
         busy[busiest] / 1e9,
     )
+
+
+def least_step_s(graph: CompiledGraph, hosts: Sequence[HostView], *, batch_size: int) -> float:
+    """What no placement on these hosts can fall short of: every VNode on the best, no distances."""
+    step = min(map(step_ns, hosts))
+    speed = max(map(speed_of, hosts))
+    done_at: dict[str, int] = {}
+    for vnode in graph.vnodes():
+        node = graph.node(vnode)
+        ready = max((done_at[ref] for ref in node.inputs if ref in done_at), default=0)
+        done_at[vnode] = ready + step + int(flops_of(node) * batch_size / speed)
+    return max(done_at.values()) / 1e9

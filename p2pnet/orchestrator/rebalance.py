@@ -17,9 +17,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from p2pnet.errors import UsageError
-from p2pnet.orchestrator.costs import LINK_BYTES_PER_S, HostView, trust_of
+from p2pnet.orchestrator.costs import (
+    LINK_BYTES_PER_S,
+    HostView,
+    flops_of,
+    speed_of,
+    step_ns,
+    trust_of,
+)
 from p2pnet.orchestrator.placement import place
-from p2pnet.orchestrator.predict import predict
+from p2pnet.orchestrator.predict import least_step_s, predict
 from p2pnet.vnode.graph import CompiledGraph
 
 HOUR_S = 3600.0
@@ -76,7 +83,8 @@ def improve(
     ]
     empty = _without(graph, choice, current, batch_size)
     before = predict(graph, empty, current, batch_size=batch_size)
-    if before.step_s < hysteresis.gain_s:
+    least_s = least_step_s(graph, empty, batch_size=batch_size)
+    if not _pays(before.step_s, least_s, hysteresis):
         return None
     # Few go where the others stay; if that is not enough, all may.
     for rows, stay in ((choice, current), (empty, None)):
@@ -84,22 +92,31 @@ def improve(
             placed = place(graph, rows, batch_size=batch_size, current=stay).assignments
         except UsageError:
             continue
+        placed = _spread(graph, by_id, current, placed, batch_size)
         after = predict(graph, empty, placed, batch_size=batch_size)
         moved = tuple(vnode for vnode in graph.vnodes() if placed[vnode] != current[vnode])
-        gain_s = before.step_s - after.step_s
-        if gain_s < hysteresis.gain_s or before.step_s < hysteresis.factor * after.step_s:
-            continue
         cost_s = RESTART_S + graph.cut_every / 2 * before.step_s
         cost_s += sum(graph.node(vnode).state_bytes for vnode in moved) / LINK_BYTES_PER_S
-        if cost_s * before.step_s > gain_s * hysteresis.payback_s:
-            continue
-        if not _as_safe(graph, by_id, current, placed, moved, batch_size):
-            continue
-        reason = (
-            f"a step would take {after.step_s * 1e3:.0f} ms instead of {before.step_s * 1e3:.0f}"
-        )
-        return Move(placed, moved, before.step_s, after.step_s, reason)
+        if (
+            _pays(before.step_s, after.step_s, hysteresis, cost_s)
+            and _has_room(graph, by_id, placed, moved, batch_size)
+            and _as_safe(by_id, current, placed)
+        ):
+            reason = (
+                f"a step would take {after.step_s * 1e3:.0f} ms instead of "
+                f"{before.step_s * 1e3:.0f}"
+            )
+            return Move(placed, moved, before.step_s, after.step_s, reason)
     return None
+
+
+def _pays(before_s: float, after_s: float, rules: Hysteresis, cost_s: float = 0.0) -> bool:
+    gain_s = before_s - after_s
+    return (
+        gain_s >= rules.gain_s
+        and before_s >= rules.factor * after_s
+        and cost_s * before_s <= gain_s * rules.payback_s
+    )
 
 
 class Rebalancer:
@@ -122,6 +139,7 @@ class Rebalancer:
         self._relocated_at: float | None = None
         self._moved_at: dict[str, float] = {}
         self._better_since: float | None = None
+        self._wanted: frozenset[str] = frozenset()  # to move, ever since
         self._proposed: deque[float] = deque(maxlen=max(1, hysteresis.moves_an_hour))
         self._looked_at: tuple[tuple[HostView, ...], Mapping[str, str]] | None = None
         self._found: Move | None = None
@@ -136,8 +154,12 @@ class Rebalancer:
         if found is None:
             self._better_since = None
             return None
-        if self._better_since is None:
+        # A gain that is another one each time has not been there for a while.
+        same = [vnode for vnode in found.moved if vnode in self._wanted]
+        if self._better_since is None or not same:
             self._better_since = now
+            same = list(found.moved)
+        self._wanted = frozenset(same)
         rested = self._relocated_at is None or now - self._relocated_at >= rules.pause_s
         tired = any(
             now - self._moved_at.get(vnode, float("-inf")) < rules.vnode_pause_s
@@ -193,27 +215,71 @@ def _without(
     ]
 
 
-def _as_safe(
+def _has_room(
     graph: CompiledGraph,
     hosts: Mapping[str, HostView],
-    current: Mapping[str, str],
     placed: Mapping[str, str],
     moved: Sequence[str],
     batch_size: int,
 ) -> bool:
+    """VNodes are loaded at their new hosts before those that go from there are dropped."""
     arriving: Counter[str] = Counter()
     for vnode in moved:
-        if trust_of(hosts[placed[vnode]]) < trust_of(hosts[current[vnode]]):
-            return False
         arriving[placed[vnode]] += graph.node(vnode).memory_bytes(batch_size)
-    # They are loaded there before the others are dropped.
-    if any(need > hosts[peer_id].memory_free_bytes for peer_id, need in arriving.items()):
+    return all(need <= hosts[peer_id].memory_free_bytes for peer_id, need in arriving.items())
+
+
+def _as_safe(
+    hosts: Mapping[str, HostView], current: Mapping[str, str], placed: Mapping[str, str]
+) -> bool:
+    if any(trust_of(hosts[placed[v]]) < trust_of(hosts[current[v]]) for v in placed):
         return False
-    largest = _largest_group(hosts, placed)
-    return largest <= max(_largest_group(hosts, current), len(placed) // 2)
+    _, largest = _largest_group(hosts, placed)
+    return largest <= _group_max(hosts, current)
 
 
-def _largest_group(hosts: Mapping[str, HostView], placement: Mapping[str, str]) -> int:
-    """How many VNodes the IP group with most of them has."""
-    groups = Counter(hosts[peer].ip_group or peer for peer in placement.values())
-    return max(groups.values(), default=0)
+def _spread(
+    graph: CompiledGraph,
+    hosts: Mapping[str, HostView],
+    current: Mapping[str, str],
+    placed: Mapping[str, str],
+    batch_size: int,
+) -> Mapping[str, str]:
+    """The same without the moves that are worth least into an IP group that would have too many."""
+    group, largest = _largest_group(hosts, placed)
+    too_many = largest - _group_max(hosts, current)
+    if too_many <= 0:
+        return placed
+
+    def saves(vnodes: Sequence[str]) -> float:
+        flops = batch_size * sum(flops_of(graph.node(vnode)) for vnode in vnodes)
+        old, new = hosts[current[vnodes[0]]], hosts[placed[vnodes[0]]]
+        busy = (old.vnodes - new.vnodes) * len(vnodes)
+        return flops / speed_of(old) - flops / speed_of(new) + busy * step_ns(old)
+
+    units: dict[tuple[str, str], list[str]] = {}
+    for vnode in graph.vnodes():
+        if placed[vnode] != current[vnode] and _group(hosts[placed[vnode]]) == group:
+            name = graph.node(vnode).group
+            units.setdefault(("group", name) if name else ("", vnode), []).append(vnode)
+    out = dict(placed)
+    for _, unit in sorted((saves(unit), unit) for unit in units.values()):
+        if too_many > 0 and _group(hosts[current[unit[0]]]) != group:
+            out.update({vnode: current[vnode] for vnode in unit})
+            too_many -= len(unit)
+    return out
+
+
+def _group(host: HostView) -> str:
+    return host.ip_group or host.peer_id
+
+
+def _group_max(hosts: Mapping[str, HostView], current: Mapping[str, str]) -> int:
+    """How many VNodes one IP group may have: half of them, or what one has already."""
+    return max(_largest_group(hosts, current)[1], len(current) // 2)
+
+
+def _largest_group(hosts: Mapping[str, HostView], placement: Mapping[str, str]) -> tuple[str, int]:
+    """The IP group with most VNodes, and how many these are."""
+    groups = Counter(_group(hosts[peer]) for peer in placement.values())
+    return max(groups.items(), key=lambda item: (item[1], item[0]))

@@ -160,8 +160,12 @@ class Orchestrator:
             raise RefusedError(network.over.reason, code=network.over.code)
         return network.core
 
-    async def _take_over(self, sighting: Sighting, reason: str) -> ConductedNetwork:
+    async def _take_over(
+        self, sighting: Sighting, reason: str, handed_by: str = ""
+    ) -> ConductedNetwork:
         """Reads the log, checks the grant, and begins to claim.
+
+        `handed_by`: who wants to hand it over; the log has to say that it is his.
 
         Raises:
             P2PNetError: this node may not, cannot, or need not.
@@ -176,6 +180,8 @@ class Orchestrator:
             history.extend(await log.read(1))
         finally:
             await log.close()
+        if handed_by and history.orchestrator != handed_by:
+            raise RefusedError("another orchestrator has that network", code=UNKNOWN)
         if history.genesis is None:
             raise RefusedError("its log cannot be read from the beginning", code=UNKNOWN)
         graph = await asyncio.to_thread(CompiledGraph.from_json, history.genesis.graph)
@@ -185,7 +191,7 @@ class Orchestrator:
             sighting.manifest, sighting.charter, graph, history, history.keepers, {}
         )
         self._swarm.emit("taking over", network=graph.name, reason=reason, epoch=history.epoch)
-        network.feed(m.Begin(reason, sighting.epoch))
+        network.feed(m.Begin(reason, history.epoch if handed_by else sighting.epoch))
         return network
 
     def _may(self, network_id: str, charter: records_pb2.Manifest) -> None:
@@ -291,14 +297,11 @@ class Orchestrator:
         if sighting is None or sighting.network_id != request.network_id:
             return pb.SucceedReply(refusal=_bad("the manifest is not that network's"))
         known = self._heir.sighting(request.network_id)
-        if known is not None and (known.epoch, known.orchestrator) != (
-            request.epoch,
-            caller.peer_id,
-        ):
+        if known is not None and known.epoch > request.epoch:
             return pb.SucceedReply(refusal=_bad("another orchestrator has that network"))
         try:
             reason = f"orchestrator {short(caller.peer_id)} hands it over"
-            network = await self._take_over(known or sighting, reason)
+            network = await self._take_over(sighting, reason, handed_by=caller.peer_id)
             await asyncio.wait_for(network.settled.wait(), SUCCEED_TIMEOUT_S)
         except P2PNetError as error:
             return pb.SucceedReply(refusal=_refusal(error))

@@ -264,7 +264,8 @@ class Training:
     def _begin_cut(self, step: int, result: Decide | None) -> None:
         desk = self._desk
         for host, vnodes in self._cuts.begin(desk.placement, desk.epoch, step, result).items():
-            desk.out.append(m.Store(host, desk.epoch, step, vnodes, self._going_to))
+            barred = desk.hosts.barred(desk.now)
+            desk.out.append(m.Store(host, desk.epoch, step, vnodes, self._going_to, barred))
 
     def _stored(self, event: m.Stored) -> None:
         if not self._desk.ready:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,10 @@ from p2pnet.core import Core, Tick
 from p2pnet.errors import UsageError
 from p2pnet.log.history import History
 from p2pnet.orchestrator import messages as m
+from p2pnet.orchestrator.conductor import Phase
 from p2pnet.orchestrator.costs import HostView
 from p2pnet.orchestrator.placement import place
+from p2pnet.orchestrator.rebalance import Rebalancer
 from p2pnet.sim import streams
 from p2pnet.sim.driver import Driver
 from p2pnet.sim.log_client import LogClient
@@ -50,12 +52,19 @@ class ConductorRun(Driver[m.Event, m.Effect]):
         self.boots = node.machine.boots
         history = History(log.history.network_id)
         history.extend(log.history.entries)
+        self.graph = graph
         self.core = node.make_conductor(history, manifest, graph)
+        self._rebalancer = Rebalancer(graph, batch_size=BATCH_SAMPLES)
         self._ask = 0
         self._asks: dict[int, Callable[[common_pb2.Refusal | None], None]] = {}
         self._streams: dict[int, streams.End] = {}
         self._feeders = 0
         self._published: m.Publish | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether every VNode is placed, as far as it knows."""
+        return self.core.phase is Phase.READY
 
     def feed(self, event: m.Event) -> None:
         """Hands the core an event."""
@@ -148,8 +157,10 @@ class ConductorRun(Driver[m.Event, m.Effect]):
                 self._call(host, "PNode/Drop", drop, PROBE_TIMEOUT_S, lambda reply: None)
             case m.Store():
                 self._store(effect)
-            case m.Retain(holders, digests):
-                retain = vnode_pb2.RetainRequest(network_id=self.core.network_id, digests=digests)
+            case m.Retain(holders, digests, claim):
+                retain = vnode_pb2.RetainRequest(
+                    network_id=self.core.network_id, digests=digests, claim=claim
+                )
                 for holder in holders:
                     self._call(holder, "Blob/Retain", retain, PROBE_TIMEOUT_S, lambda reply: None)
             case m.Tell(feeder, event):
@@ -197,15 +208,20 @@ class ConductorRun(Driver[m.Event, m.Effect]):
         out = dict.fromkeys((*plan.exclude, *absent))
         hosts = [self.node.host_view(peer) for peer in alive if peer not in out]
         try:
-            placed = place(
-                self.core.graph, hosts, batch_size=BATCH_SAMPLES, current=plan.current
-            ).assignments
+            placement, reason = self._place(plan, hosts)
         except UsageError as error:
             self.feed(m.Planned(plan.purpose, None, str(error), alive, absent))
             return
+        self.feed(m.Planned(plan.purpose, placement, reason, alive, absent))
+
+    def _place(
+        self, plan: m.MakePlan, hosts: Sequence[HostView]
+    ) -> tuple[dict[str, str] | None, str]:
         if plan.purpose is m.Purpose.IMPROVE:
-            placed = plan.current
-        self.feed(m.Planned(plan.purpose, dict(placed), "", alive, absent))
+            move = self._rebalancer.improve(hosts, plan.current, self.machine.now)
+            return (None, "") if move is None else (dict(move.placement), move.reason)
+        placed = place(self.graph, hosts, batch_size=BATCH_SAMPLES, current=plan.current)
+        return dict(placed.assignments), ""
 
     def _made_ready(self, host: str, reply: pnode_pb2.ReadyReply | None) -> None:
         if reply is None:
@@ -232,9 +248,9 @@ class ConductorRun(Driver[m.Event, m.Effect]):
         others = [
             peer
             for peer in dict.fromkeys((*store.first, *self.node.view.alive()))
-            if peer != store.host
+            if peer != store.host and peer not in store.avoid
         ]
-        turned = others[len(store.first) :]
+        turned = [peer for peer in others if peer not in store.first]
         at = sum(store.host.encode()) % max(1, len(turned))
         copies = [*store.first, *turned[at:], *turned[:at]][:COPIES]
         request = vnode_pb2.SaveRequest(

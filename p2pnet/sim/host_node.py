@@ -246,12 +246,17 @@ class HostNode(Driver[te.Event, te.Effect]):
         """The state; b"" where it is not here."""
         return self.blobs.get(request.digest, b"")
 
-    def _retain(self, caller: str, request: vnode_pb2.RetainRequest) -> vnode_pb2.RetainReply:
-        if self.core.refuse_caller(request.network_id, caller) is None:
-            now = self.machine.now
-            for digest in self._ages.retain(request.network_id, request.digests, now):
-                del self.blobs[digest]
-        return vnode_pb2.RetainReply()
+    def _retain(self, caller: str, request: vnode_pb2.RetainRequest) -> Later:
+        def retain(no: common_pb2.Refusal | None) -> vnode_pb2.RetainReply:
+            if no is None:
+                now = self.machine.now
+                for digest in self._ages.retain(request.network_id, request.digests, now):
+                    del self.blobs[digest]
+            return vnode_pb2.RetainReply(refusal=no)
+
+        return self._asked(
+            lambda ask: te.ClaimShown(ask, caller, request.network_id, request.claim), retain
+        )
 
     def _fetch(
         self, network_id: str, ref: common_pb2.BlobRef, done: Callable[[bytes | None, str], None]

@@ -19,6 +19,9 @@ from p2pnet.gossip.events import GossipConfig
 from p2pnet.keys import MANIFEST, KeyPair, sha256
 from p2pnet.log import checker
 from p2pnet.log.checker import Recording, Violation
+from p2pnet.log.history import new_cancellation
+from p2pnet.orchestrator import messages as m
+from p2pnet.orchestrator.costs import HostView
 from p2pnet.sim.calls import Calls
 from p2pnet.sim.compute import Golden
 from p2pnet.sim.conductor_run import ConductorRun
@@ -26,7 +29,7 @@ from p2pnet.sim.feeder_node import FeederNode
 from p2pnet.sim.gossip_node import GossipNode
 from p2pnet.sim.grow import acquaint_gossip
 from p2pnet.sim.hints import Hints
-from p2pnet.sim.host_node import HostNode
+from p2pnet.sim.host_node import MEMORY_BYTES, HostNode
 from p2pnet.sim.keeper_node import KeeperNode
 from p2pnet.sim.machine import Clock, Machine
 from p2pnet.sim.orchestrator_node import OrchestratorNode, Witness
@@ -38,6 +41,7 @@ from p2pnet.vnode.graph import CompiledGraph, compile_graph
 
 KEEPERS = 5
 RESUBMIT_S = 8.0
+GFLOPS = 10.0, 40.0
 OWNER = KeyPair.from_seed(sha256(b"owner"))
 
 
@@ -141,8 +145,10 @@ class Orchestra(Witness):
         wrong: float = 0.0,
         replays: float = 0.0,
         compute_s: float = 0.01,
+        resubmit_s: float = RESUBMIT_S,
     ) -> None:
         self.world = world
+        self._resubmit_s = resubmit_s
         self.hints = Hints(world)
         self.jobs: dict[str, Job] = {}
         self.note_watchers: list[Callable[[ConductorRun, str, Mapping[str, object]], None]] = []
@@ -155,6 +161,8 @@ class Orchestra(Witness):
             acquaint_gossip(gossips)
         else:
             self.oracle = Oracle(world, machines, late_s=late_s, wrong=wrong)
+        rng = world.rng_of("speeds")
+        self._gflops = [rng.uniform(*GFLOPS) for _ in machines]
         self.nodes: list[Node] = []
         for number, machine in enumerate(machines):
             view: View
@@ -205,7 +213,7 @@ class Orchestra(Witness):
         self.jobs[network_id] = job
         for number in orchestrators:
             self.nodes[number].orchestrator.submit(manifest, graph)
-        world.after(RESUBMIT_S, self._submit_again, job, orchestrators[-1] + 1)
+        world.after(self._resubmit_s, self._submit_again, job, orchestrators[-1] + 1)
         feeder.begin()
         return job
 
@@ -216,7 +224,7 @@ class Orchestra(Witness):
         node = self.nodes[number % len(self.nodes)]
         if node.machine.running and job.network_id not in node.orchestrator.runs:
             node.orchestrator.submit(job.manifest, job.graph)
-        self.world.after(RESUBMIT_S, self._submit_again, job, number + 1)
+        self.world.after(self._resubmit_s, self._submit_again, job, number + 1)
 
     def violations(self) -> list[Violation]:
         """All that cannot be, of all jobs."""
@@ -225,6 +233,14 @@ class Orchestra(Witness):
             golden = golden_of(job.graph.to_json())
             found += checker.check(job.recording, golden=golden.states, loss=golden.loss)
         return found
+
+    def cancel(self, job: Job) -> None:
+        """The owner ends the network, through whoever orchestrates it."""
+        runs = self.conductors(job)
+        if runs:
+            wall_ms = self.world.machines[0].wall_ms
+            word = new_cancellation(OWNER, job.network_id, "it is done", wall_ms)
+            runs[-1].ask(lambda ask: m.CancelAsked(ask, word), lambda refusal: None)
 
     def conductors(self, job: Job) -> list[ConductorRun]:
         """Who believes to orchestrate it, in living processes."""
@@ -276,9 +292,23 @@ class Orchestra(Witness):
         keeper.watchers.append(lambda who, net, entry: self.decided(net, who.peer_id, entry))
         orchestrator = OrchestratorNode(machine, calls, self.hints, view, keeper.histories, self)
         host = HostNode(machine, calls, self.hints, orchestrator.read_log, compute_s=compute_s)
+        orchestrator.host_view = self._advert
         host.accept_watchers.append(self._accepted)
         host.save_watchers.append(self._saved)
         return Node(machine, calls, keeper, host, orchestrator)
+
+    def _advert(self, peer_id: str) -> HostView:
+        """What a peer says of itself."""
+        machine = self.world.by_id[peer_id]
+        host = self.nodes[machine.number].host
+        used = sum(tenant.size_bytes for tenant in host.core.tenants())
+        return HostView(
+            peer_id,
+            cpus=1.0,
+            memory_free_bytes=MEMORY_BYTES - used,
+            gflops=self._gflops[machine.number],
+            vnodes=len(host.trainees),
+        )
 
     def _accepted(self, network_id: str, vnode: str, host: str, epoch: int, claimant: str) -> None:
         recording = self.jobs[network_id].recording

@@ -47,6 +47,7 @@ class Offer:
     epoch: int
     claimant: str  # peer id
     claim: bytes  # SHA-256 of the claim's payload
+    placement: Mapping[str, str]  # VNode -> host's peer id, of the whole network, as it says
 
     @property
     def size_bytes(self) -> int:
@@ -78,7 +79,13 @@ def examine(
     hosts_max = offer.opened.limits.hosts_max
     if hosts_max and len(entry.claim.hosts) > hosts_max:
         return _no("NOT_GRANTED", f"the owner of {offer.opened.name} allows {hosts_max} hosts")
-    return replace(offer, slot=entry.slot, epoch=request.epoch, claim=sha256(request.claim.payload))
+    return replace(
+        offer,
+        slot=entry.slot,
+        epoch=request.epoch,
+        claim=sha256(request.claim.payload),
+        placement=placed,
+    )
 
 
 def examine_manifest(
@@ -126,6 +133,7 @@ def examine_manifest(
         epoch=0,
         claimant=caller,
         claim=b"",
+        placement={},
     )
 
 

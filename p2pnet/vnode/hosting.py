@@ -220,7 +220,7 @@ class Hosting:
             claimant=tenant.claimant,
             base_step=request.step,
             state_url=tenant.state_url,
-            locations={location.vnode: location.host for location in request.locations},
+            locations=dict(effect.offer.placement),
         )
         self._networks[tenant.network_id] = net
         for vnode in tenant.sizes:

@@ -93,7 +93,7 @@ class Tenancy:
             case ReadyAsked():
                 return [Reply(event.ask, self._not_ready(event))]
             case HeartbeatCame():
-                return [Reply(event.ask, self._renew(event, now))]
+                return self._renew(event, now)
             case LogRead():
                 return self._read(event.network_id, event.entries, "", now)
             case LogSilent():
@@ -323,13 +323,18 @@ class Tenancy:
             )
         return self._no_room(offer)
 
-    def _renew(self, event: HeartbeatCame, now: float) -> common_pb2.Refusal | None:
+    def _renew(self, event: HeartbeatCame, now: float) -> list[Effect]:
         request = event.request
         if no := self.refuse_caller(request.network_id, event.caller, request.epoch):
-            return no
+            return [Reply(event.ask, no)]
         net = self._networks[request.network_id]
+        if net.tenant is not None and (
+            why := self._limits.serves(request.network_id, net.tenant.manifest.public_key)
+        ):  # the service has a newer list, without it
+            no = refusal(common_pb2.REFUSAL_CODE_NOT_IN_SERVICE, why)
+            return [*self._end(net), Reply(event.ask, no)]
         net.lease_until = max(net.lease_until, now + min(request.lease_s, LEASE_S_MAX))
-        return None
+        return [Reply(event.ask)]
 
     def _drop(self, event: DropAsked, final: bool) -> list[Effect]:
         request = event.request

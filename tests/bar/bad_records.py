@@ -28,11 +28,21 @@ OWNER, CLAIMANT, HOST, STRANGER, OTHER_OWNER = (keypair(n) for n in range(5))
 
 
 @lru_cache(maxsize=64)
-def _manifest(*orchestrators: str, owner: KeyPair = OWNER, name: str = "net") -> common_pb2.Signed:
+def _manifest(
+    *orchestrators: str,
+    owner: KeyPair = OWNER,
+    name: str = "net",
+    keepers: tuple[str, ...] = (),
+    state_url: str = "",
+    claims_max: int = 0,
+) -> common_pb2.Signed:
     body = records_pb2.Manifest(
         owner=owner.public_key, name=name, spec_digest=bytes(32),
         any_orchestrator=not orchestrators, orchestrators=orchestrators,
+        keepers=keepers, state_url=state_url,
     )  # fmt: skip
+    if claims_max:
+        body.limits.claims_max = claims_max
     return owner.sign(keys.MANIFEST, body.SerializeToString(deterministic=True))
 
 
@@ -233,6 +243,35 @@ def no_manifest(rng: random.Random) -> tuple[str, common_pb2.Signed]:
     return vnode, make(vnode, body=accepted(vnode, manifest=common_pb2.Signed()))
 
 
+def _under(
+    rng: random.Random, grant: common_pb2.Signed, epoch: int
+) -> tuple[str, common_pb2.Signed]:
+    network_id, vnode = network_id_of(grant), _vnode(rng)
+    key = vnode_key(network_id, vnode)
+    body = accepted(vnode, manifest=grant, network_id=network_id, epoch=epoch)
+    return key.hex(), make(vnode, key=key, body=body, epoch=epoch)
+
+
+def terms_that_cannot_be(rng: random.Random) -> tuple[str, common_pb2.Signed]:
+    peers = sorted(keypair(n).peer_id for n in range(10, 20))
+    grant = rng.choice(
+        [
+            _manifest(keepers=(peers[1], peers[0])),
+            _manifest(keepers=(peers[0], peers[0])),
+            _manifest(keepers=tuple(peers)),
+            _manifest(keepers=("nobody",)),
+            _manifest(state_url="http://192.0.2.1/"),
+            _manifest(state_url="file:///" + "a" * 600),
+            _manifest(keepers=(peers[0],), state_url="file:///srv"),
+        ]
+    )
+    return _under(rng, grant, 1)
+
+
+def more_claims_than_allowed(rng: random.Random) -> tuple[str, common_pb2.Signed]:
+    return _under(rng, _manifest(claims_max=3), rng.randrange(4, 1 << 60))
+
+
 def network_not_granted(rng: random.Random) -> tuple[str, common_pb2.Signed]:
     grant, key = _manifest(STRANGER.peer_id), name_key("net")
     sequence = rng.randrange(1 << 60)
@@ -276,6 +315,22 @@ def replayed_after_expiry(rng: random.Random) -> tuple[str, common_pb2.Signed]:
     epoch = rng.randrange(1, NEWEST[0] + 1)
     sequence = rng.randrange(NEWEST[1] + 1) if epoch == NEWEST[0] else rng.randrange(1 << 60)
     return "gone", make("gone", epoch=epoch, sequence=sequence)
+
+
+def rolled_back_by_another(rng: random.Random) -> tuple[str, common_pb2.Signed]:
+    """By who orchestrated the network before: an older epoch loses, whosever it is."""
+    return "held", _by_another("held", rng)
+
+
+def replayed_claim_of_another(rng: random.Random) -> tuple[str, common_pb2.Signed]:
+    return "gone", _by_another("gone", rng)
+
+
+def _by_another(vnode: str, rng: random.Random) -> common_pb2.Signed:
+    author, epoch = keypair(rng.randrange(10, 20)), rng.randrange(1, NEWEST[0])
+    body = accepted(vnode, epoch=epoch, claimant=author.peer_id)
+    sequence = rng.randrange(1 << 60)
+    return make(vnode, epoch=epoch, sequence=sequence, body=body, author=author)
 
 
 def from_long_ago(rng: random.Random) -> tuple[str, common_pb2.Signed]:
@@ -419,9 +474,11 @@ KINDS: tuple[Callable[[random.Random], _Made], ...] = (
     hosts_word_by_another, hosts_word_forged, hosts_word_for_another_vnode,
     hosts_word_for_another_epoch, hosts_word_to_another_claimant, hosts_word_of_another_kind,
     granted_to_another, manifest_by_another, manifest_of_another_network, no_manifest,
+    terms_that_cannot_be, more_claims_than_allowed,
     network_not_granted, network_of_another_orchestrator, network_under_another_name,
     anothers_key, own_key_says_another,
-    rolled_back, replayed_after_expiry, from_long_ago, from_the_future, expired, age_below_zero,
+    rolled_back, rolled_back_by_another, replayed_after_expiry, replayed_claim_of_another,
+    from_long_ago, from_the_future, expired, age_below_zero,
     life_out_of_bounds, counter_out_of_bounds, unknown_kind, kind_of_another_body,
     over_long_body, over_long_text, unprintable_name,
     unknown_field, unknown_field_inside, field_twice, long_varint, other_order, zero_written_out,

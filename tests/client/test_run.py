@@ -12,12 +12,13 @@ import pytest
 from memory_client import MemorySession
 from memory_swarm import MemorySwarm, commits_of
 from memory_wire import Letter, keypair_of
-from small_network import Trained, batch, plain, submit, train
+from small_network import Trained, batch, plain, small_graph, submit, train
 from virtual_time import play
 
 from p2pnet.client.link import ORCHESTRATOR_GONE_S
 from p2pnet.client.run import TrainingRun
 from p2pnet.client.session import NetworkInfo
+from p2pnet.client.terms import Terms
 from p2pnet.client.weights import fetch_weights
 from p2pnet.errors import (
     LocalError,
@@ -183,18 +184,41 @@ def test_a_network_that_its_owner_closes_ends_the_run(tmp_path: Path) -> None:
     play(main())
 
 
-def test_an_orchestrator_that_is_away_for_a_while_is_waited_for(tmp_path: Path) -> None:
+def test_the_only_one_that_may_orchestrate_is_waited_for(tmp_path: Path) -> None:
     async def main() -> None:
         async with MemorySwarm(tmp_path, "abcd") as swarm:
+            session, a = MemorySession(swarm), swarm["a"].peer_id
+            network = await session.submit(
+                small_graph(), keypair_of("owner"), {}, a, Terms(allow=(a,))
+            )
+            running = asyncio.ensure_future(train(session, network, STEPS))
+            await swarm.until(lambda: len(swarm.emitted("decided")) == 4)
+            swarm.hang_up(a)
+            swarm.freeze(a)
+            await asyncio.sleep(50)
+            assert not running.done()
+            swarm.thaw(a)
+            check(await running)
+
+    play(main())
+
+
+def test_an_orchestrator_that_sleeps_finds_another_in_its_place(tmp_path: Path) -> None:
+    """Its lease ends meanwhile; when it wakes up it has nothing to say any more."""
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abcde") as swarm:
             session, network = await started(swarm)
             running = asyncio.ensure_future(train(session, network, STEPS))
             await swarm.until(lambda: len(swarm.emitted("decided")) == 4)
-            swarm.hang_up(swarm["a"].peer_id)
             swarm.freeze(swarm["a"].peer_id)
-            await asyncio.sleep(50)
-            assert not running.done()
+            await swarm.until(lambda: len(swarm.emitted("taken_over")) == 1)
             swarm.thaw(swarm["a"].peer_id)
             check(await running)
+            await asyncio.sleep(30)
+            assert (await session.status(network)).orchestrator != swarm["a"].peer_id
+            commits = commits_of(await swarm.log_of(network.network_id))
+            assert commits == sorted(set(commits))
 
     play(main())
 

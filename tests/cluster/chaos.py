@@ -101,6 +101,8 @@ class Chaos:
         for kill in {kill.node: kill for kill in self.kills}.values():
             self._swarm.nodes[kill.node].process.next_event("ready")
         self._swarm.wait_until_all_see_all()
+        for node in self._swarm.nodes:
+            assert node.process.popen.poll() is None, node.process.describe()
 
     def _run(self) -> None:
         try:

@@ -174,7 +174,7 @@ def test_a_spec_that_is_not_there(calm: Swarm) -> None:
     assert missing in calm.cli("submit", missing, node=calm.nodes[0]).sentence()
 
 
-@pytest.mark.parametrize("verb", ["whereis", "status", "infer", "export", "train"])
+@pytest.mark.parametrize("verb", ["whereis", "status", "infer", "export", "train", "cancel"])
 def test_an_unknown_network(calm: Swarm, verb: str) -> None:
     source, output = calm.directory / "some.npy", str(calm.directory / "none")
     np.save(source, np.zeros((1, 64), np.float32))
@@ -197,6 +197,39 @@ def test_a_name_that_is_taken(calm: Swarm, quiet: p2pnet.Network) -> None:
     file = calm.directory / "again.yaml"
     file.write_text(yaml.safe_dump({**DIGITS, "name": "quiet"}))
     assert "is here already" in calm.cli("submit", str(file), node=calm.nodes[4]).sentence()
+
+
+def test_peers_that_cannot_orchestrate(calm: Swarm) -> None:
+    file = calm.directory / "allowed.yaml"
+    file.write_text(yaml.safe_dump({**DIGITS, "name": "allowed"}))
+    submit = ("submit", str(file), "--allow")
+    assert "peer id nonsense" in calm.cli(*submit, "nonsense", node=calm.nodes[0]).sentence()
+    sentence = calm.cli(*submit, NOBODY, node=calm.nodes[0]).sentence()
+    assert "none of the peers that may orchestrate" in sentence
+    other = calm.nodes[1].peer_id
+    sentence = calm.cli(*submit, NOBODY, "--orchestrator", other, node=calm.nodes[0]).sentence()
+    assert f"{other} is to orchestrate it" in sentence
+
+
+def test_a_network_ends_by_its_owners_word_alone_and_then_for_good(calm: Swarm) -> None:
+    owner, stranger = calm.nodes[2], calm.nodes[3]
+    file = calm.directory / "doomed.yaml"
+    file.write_text(yaml.safe_dump({**DIGITS, "name": "doomed"}))
+    submitted = calm.cli("submit", str(file), "--json", node=owner)
+    assert submitted.rc == 0, submitted.err
+    assert "only its owner can cancel it" in calm.cli("cancel", "doomed", node=stranger).sentence()
+    assert calm.cli("status", "doomed", "--json", node=stranger).json["state"] == "ready"
+    reason = ("--reason", "it has served its turn")
+    cancelled = calm.cli("cancel", "doomed", *reason, "--json", node=owner)
+    assert cancelled.rc == 0, cancelled.err
+    assert cancelled.json == {
+        "network_id": submitted.json["network_id"],
+        "name": "doomed",
+        "closed": True,
+    }
+    for verb in (["cancel"], ["status"], ["train", "--data", "digits:test", "--json"]):
+        sentence = calm.cli(verb[0], "doomed", *verb[1:], node=owner).sentence()
+        assert "its owner has closed doomed: it has served its turn" in sentence, verb
 
 
 ARRAYS: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -239,6 +272,8 @@ USAGES = {
     "a size": ["join", "--memory", "much"],
     "a port": ["join", "--grpc-port", "70000"],
     "a missing argument": ["submit"],
+    "a duration": ["submit", "some.yaml", "--expires", "soon"],
+    "a limit": ["submit", "some.yaml", "--hosts-max", "0"],
 }
 
 

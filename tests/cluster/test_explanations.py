@@ -114,6 +114,7 @@ def test_a_trace_has_everybodys_events_in_causal_order(story: Story) -> None:
         (story.victim.peer_id, story.other.peer_id)
     ]
     assert named(events, "committed")[-1]["step"] == 2 * STEPS
+    assert claims[0]["slot"] in [event["slot"] for event in named(events, "log_learned")]
 
 
 def test_who_comes_back_still_knows_and_the_picture_opens(story: Story) -> None:

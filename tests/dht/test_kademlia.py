@@ -228,12 +228,22 @@ def test_a_kept_record_asks_to_be_renewed_after_a_third_of_its_life() -> None:
 
 def test_two_authors_of_one_key_do_not_displace_each_other() -> None:
     swarm = swarm_of(20, seed=13)
-    first, second = opened(9, epoch=1), opened(1, epoch=2, claimant=STRANGER)
+    first, second = opened(9, epoch=1), opened(8, epoch=1, claimant=STRANGER)
     swarm.start(swarm.ids[0], lambda op: ev.Put(op, first, TIMEOUT_S))
     swarm.ask(swarm.ids[1], lambda op: ev.Put(op, second, TIMEOUT_S))
     read = swarm.ask(swarm.ids[2], get)
     assert isinstance(read, ev.Records)
-    assert [record.author for record in read.records] == [STRANGER.peer_id, first.author]
+    assert [record.author for record in read.records] == [first.author, STRANGER.peer_id]
+
+
+def test_who_has_claimed_a_network_later_is_read_alone() -> None:
+    swarm = swarm_of(20, seed=13)
+    first, second = opened(9, epoch=1), opened(1, epoch=2, claimant=STRANGER)
+    swarm.ask(swarm.ids[1], lambda op: ev.Put(op, second, TIMEOUT_S))
+    swarm.start(swarm.ids[0], lambda op: ev.Put(op, first, TIMEOUT_S))  # it has not heard
+    read = swarm.ask(swarm.ids[2], get)
+    assert isinstance(read, ev.Records)
+    assert [record.author for record in read.records] == [STRANGER.peer_id]
 
 
 def test_providers_are_found_renewed_and_run_out() -> None:

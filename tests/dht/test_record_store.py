@@ -14,7 +14,7 @@ from p2pnet.dht.rates import SenderRates
 from p2pnet.dht.records import AUTHORS_MAX, OpenRecord, open_record
 from p2pnet.dht.store import PROVIDERS_MAX, ProviderStore, RecordStore
 from p2pnet.net.network import PeerInfo
-from p2pnet.v1 import common_pb2
+from p2pnet.v1 import common_pb2, records_pb2
 
 OWN = peer_position(keypair(0).peer_id)
 BASE = open_record(allocation_record(), VNODE_KEY, WALL_MS)
@@ -110,9 +110,12 @@ def test_authors_under_a_key_are_bounded_and_newcomers_displace_nobody() -> None
     store = RecordStore(OWN)
     for n in range(AUTHORS_MAX):
         assert store.put(rec(author=f"author {n}"), 0.0)
-    assert not store.put(rec(99, author="newcomer"), 0.0)
-    assert store.put(rec(2, author="author 3"), 0.0)
+    assert not store.put(rec(1, 99, author="newcomer"), 0.0)
+    assert store.put(rec(1, 2, author="author 3"), 0.0)
     store.check()
+    assert store.put(rec(2, author="newcomer"), 0.0), "by its epoch all of theirs are over"
+    store.check()
+    assert [r.author for r in store.get(VNODE_KEY, 0.0)] == ["newcomer"]
 
 
 def test_an_author_can_fill_only_its_part() -> None:
@@ -179,14 +182,14 @@ def test_under_a_crowded_key_the_crowd_gives_way() -> None:
     store = RecordStore(OWN)
     assert store.put(rec(author="honest"), 0.0, "house")
     for n in range(AUTHORS_MAX):
-        store.put(rec(9, author=f"sybil {n}"), 0.0, "flood")
+        store.put(rec(1, 9, author=f"sybil {n}"), 0.0, "flood")
     for n in range(AUTHORS_MAX):
         assert store.put(rec(author=f"late {n}"), 0.0, f"house {n}")
         store.check()
         if n == AUTHORS_MAX - 3:
             break
     assert "honest" in [r.author for r in store.get(VNODE_KEY, 0.0)]
-    assert not store.put(rec(10**9, author="one more"), 0.0, "flood")
+    assert not store.put(rec(1, 10**9, author="one more"), 0.0, "flood")
 
 
 def test_what_gave_way_may_come_back_but_not_younger() -> None:
@@ -211,6 +214,51 @@ def test_what_was_once_held_is_known_when_others_answer_with_it() -> None:
     assert store.sift([rec(2, 5)], 61.0) == [], "the same, and it has expired"
     assert store.sift([rec(2, 6)], 61.0) == [rec(2, 6)]
     assert store.sift([rec(2, 5, author="another")], 61.0) == [rec(2, 5, author="another")]
+
+
+def test_a_claim_that_is_over_does_not_come_back() -> None:
+    """Claimant a had epoch 5, b has 6: a's record loses at put and at get, as long as is known."""
+    store = RecordStore(OWN, marks_max=100)
+    old, new = rec(5, 7, author="a"), rec(6, 1, author="b", ttl_s=10)
+    for first, second in ((old, new), (new, old)):
+        store = RecordStore(OWN)
+        store.put(first, 0.0)
+        assert store.put(second, 0.0) is (second is new)
+        store.check()
+        assert ranks(store, 0.0) == [(6, 1)]
+        assert store.sift([old, new], 0.0) == [new]
+    store.expire(20.0)
+    assert ranks(store, 20.0) == []
+    assert not store.put(old, 20.0), "its successor's has run out"
+    assert not store.put(rec(5, 8, author="a"), 20.0), "it is signed anew, under the old claim"
+    assert store.sift([rec(5, 8, author="a")], 20.0) == []
+    assert store.put(rec(6, 1, author="c"), 20.0), "who raced is not older"
+    # after a restart
+    again = RecordStore(OWN)
+    for mark in store.marks(20.0):
+        again.remember(mark, 0.0)
+    assert not again.put(old, 0.0)
+    again.check()
+    # who has only read it remembers as well
+    reader = RecordStore(OWN)
+    assert reader.sift([new], 0.0) == [new]
+    assert reader.sift([old], 30.0) == []
+    # and another VNode's records are another matter
+    assert reader.put(rec(5, 7, author="a", key=record_key("else")), 30.0)
+
+
+def test_under_one_name_each_network_has_its_own_epochs() -> None:
+    content = records_pb2.NetworkRecord(network_id="1" * 32, name="digits", epoch=9)
+    first = dataclasses.replace(rec(9, author="a"), content=content)
+    content = records_pb2.NetworkRecord(network_id="2" * 32, name="digits", epoch=2)
+    second = dataclasses.replace(rec(2, author="b"), content=content)
+    older = dataclasses.replace(rec(1, author="c"), content=content)
+    store = RecordStore(OWN)
+    assert store.put(first, 0.0)
+    assert store.put(older, 0.0)
+    assert store.put(second, 0.0)
+    assert not store.put(older, 0.0)
+    assert ranks(store, 0.0) == [(9, 1), (2, 1)]
 
 
 @pytest.mark.parametrize("age_s", [-1.0, -1e-9, float("nan"), float("inf"), float("-inf"), 60.0])

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 from memory_wire import Endpoint, Letter, MemoryDialer, Wire, contact_of, keypair_of
 
+from p2pnet.errors import UnreachableError
 from p2pnet.keys import KeyPair
 from p2pnet.log.keeper_shell import KeeperService
 from p2pnet.swarm import MemberView
@@ -105,8 +106,7 @@ class KeeperSwarm(Wire):
         return not self._nodes[peer_id].dead
 
     def lose(self, method: str, source: str = "") -> Callable[[], None]:
-        """The answers to a method are lost from now on; what was asked is done. Undone by calling."""
-        from p2pnet.errors import UnreachableError
+        """From now on the answers to a method are lost; call what is returned to end it."""
 
         def hook(letter: Letter) -> None:
             if letter.method == method and source in ("", letter.source):

@@ -11,7 +11,7 @@ import pytest
 
 from p2pnet.errors import LocalError, MalformedError, ResourceError
 from p2pnet.log.directory import DirectoryLog
-from p2pnet.log.history import History, new_claim
+from p2pnet.log.history import History
 
 A = given.key(1)
 
@@ -35,7 +35,7 @@ def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
 
 def test_of_many_claimants_one_wins_and_all_know_it(tmp_path: Path) -> None:
     empty = History(given.NETWORK)
-    claims = [new_claim(empty, given.key(number), given.OPEN) for number in range(1, 17)]
+    claims = [given.claim(empty, given.key(number)) for number in range(1, 17)]
     with ThreadPoolExecutor(8) as pool:
         winners = list(pool.map(lambda claim: DirectoryLog(tmp_path).append(claim, 1), claims))
     assert winners.count(winners[0]) == 16
@@ -45,7 +45,7 @@ def test_of_many_claimants_one_wins_and_all_know_it(tmp_path: Path) -> None:
 
 def test_a_second_entry_never_replaces_the_first(tmp_path: Path) -> None:
     log, history = filled(tmp_path)
-    other = new_claim(History(given.NETWORK), given.key(2), given.OPEN)
+    other = given.claim(History(given.NETWORK), given.key(2))
     assert log.append(other, 1) == history.entries[0]
     assert log.append(history.entries[0], 1) == history.entries[0]  # the same again is no harm
     assert log.read(given.NETWORK) == history.entries

@@ -85,6 +85,7 @@ class Successor(writing.Proposer):
         super().__init__(me, history, entry, **more)
         self._keepers = tuple(parse_entry(entry).keepers)
         self._majority = majority(self._keepers)
+        self._seen = dict.fromkeys(self._keepers, 0)
 
 
 @dataclass

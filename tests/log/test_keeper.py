@@ -25,6 +25,7 @@ from p2pnet.log.keeper import (
     Reply,
     to_key,
 )
+from p2pnet.log.proof import check_proof
 from p2pnet.log.proposer import (
     Answered,
     Begin,
@@ -35,7 +36,6 @@ from p2pnet.log.proposer import (
     Send,
     learn_requests,
 )
-from p2pnet.log.proof import check_proof
 from p2pnet.v1 import common_pb2, log_pb2
 
 A, B = given.key(1), given.key(2)
@@ -482,3 +482,30 @@ def test_a_long_history_travels_in_bounded_messages(monkeypatch: pytest.MonkeyPa
     del proofs[4]  # what cannot be proved is not told
     short = learn_requests(NETWORK, history.entries, proofs)
     assert [entry for lesson in short for entry in lesson.entries] == history.entries[:3]
+
+
+@pytest.mark.parametrize("liar", [K1, K2, K3])
+def test_one_keeper_that_lies_about_rounds_does_not_end_them(liar: str) -> None:
+    """It says that a ballot just below the highest possible one had been promised."""
+    rounds: list[int] = []
+    huge = log_pb2.Ballot(round=keeper_module.ROUND_MAX - 1, proposer=B.peer_id)
+
+    class Liar(Keeper):
+        def handle(self, event: Event, now: float) -> list[Any]:
+            assert isinstance(event, Prepare | Accept | Learn)
+            if isinstance(event, Prepare):
+                rounds.append(event.request.ballot.round)
+                return [Reply(log_pb2.PrepareReply(ballot=huge))]
+            return [Reply(log_pb2.AcceptReply(ballot=huge))]
+
+    keepers = {name: keeper_of(name) for name in (K1, K2, K3)} | {liar: Liar(PAIRS[liar])}
+    proposer = Proposer(
+        A.peer_id, History(NETWORK), first_claim(A), rng=random.Random(1), proofs={}
+    )
+    sends = proposer.handle(Begin(), 0.0)
+    for send in sends:  # in the first round only the liar answers
+        if isinstance(send, Send) and send.keeper == liar:
+            exchange(proposer, keepers, send, 0.0, ())
+    proposer.handle(Tick(), 2.0)
+    assert isinstance(run_quietly(proposer, keepers), Decided)
+    assert rounds == [1, 2]

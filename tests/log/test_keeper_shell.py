@@ -7,18 +7,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+import log_helpers as given
 import pytest
-from log_helpers import NETWORK, OPEN, key
 from virtual_time import play
 
 from p2pnet.errors import LocalError, ResourceError
 from p2pnet.log import keeper_shell
-from p2pnet.log.history import History, new_claim
+from p2pnet.log.history import History
 from p2pnet.log.keeper_shell import KeeperService
 from p2pnet.net.handlers import Caller
 from p2pnet.v1 import common_pb2, log_pb2
 
-ME, ONE, TWO = key(1), key(2), key(3)
+ME, ONE, TWO = given.key(1), given.key(2), given.key(3)
+OPEN = given.manifest(anybody=True, keepers=[ME.peer_id])
+NETWORK = given.network_of(OPEN)
 
 
 class Asked:
@@ -26,7 +28,7 @@ class Asked:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._methods = KeeperService(ME.peer_id, directory).services()["Keeper"]
+        self._methods = KeeperService(ME, directory).services()["Keeper"]
 
     async def __call__(self, method: str, request: Any, by: str, reply_type: Any) -> Any:
         async def requests() -> Any:
@@ -53,7 +55,9 @@ class Asked:
         return reply
 
     async def learn(self) -> None:
-        request = log_pb2.LearnRequest(network_id=NETWORK, entries=[claim(ONE)])
+        entry = claim(ONE)
+        proof = given.proof_of(History(NETWORK), entry, {ME.peer_id: ME})
+        request = log_pb2.LearnRequest(network_id=NETWORK, entries=[entry], proofs=[proof])
         await self("Learn", request, ONE.peer_id, log_pb2.LearnReply)
 
     async def read(self) -> list[common_pb2.Signed]:
@@ -71,7 +75,8 @@ def ballot(round: int, by: Any) -> log_pb2.Ballot:
 
 
 def claim(by: Any) -> common_pb2.Signed:
-    return new_claim(History(NETWORK), by, OPEN, keepers=[ME.peer_id])
+    entry: common_pb2.Signed = given.claim(History(NETWORK), by, OPEN)
+    return entry
 
 
 def test_a_promise_outlasts_a_restart(tmp_path: Path) -> None:

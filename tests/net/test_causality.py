@@ -94,6 +94,11 @@ async def fail(dialer: TcpDialer, contact: PeerContact) -> None:
         await ask(dialer, contact, "fail")
 
 
+async def begin_stream(dialer: TcpDialer, contact: PeerContact) -> None:
+    async with dialer.stream(contact, "Test/Echo", pb.Refusal, timeout_s=LONG_S):
+        pass
+
+
 async def open_stream(dialer: TcpDialer, contact: PeerContact) -> None:
     async with dialer.stream(contact, "Test/Echo", pb.Refusal, timeout_s=LONG_S) as stream:
         await stream.write(pb.Refusal(detail="x"))
@@ -117,6 +122,20 @@ def test_both_sides_continue_after_each_other(
         assert ours.outgoing() > at_handler[0] > before
 
     with_both(test, ours, theirs, lambda: at_handler.append(theirs.outgoing()))
+
+
+def test_a_stream_that_has_begun_has_told_both() -> None:
+    ours, theirs = clock_at(NOW_MS - HOUR_MS), clock_at(NOW_MS + HOUR_MS)
+    before = theirs.outgoing()
+
+    async def test(dialer: TcpDialer, contact: PeerContact) -> None:
+        await dialer.call(contact, "Test/Ask", pb.Refusal(), pb.Refusal, timeout_s=LONG_S)
+        now = [theirs.outgoing() for _ in range(9)][-1]
+        assert ours.outgoing() < now  # they go on by themselves
+        await begin_stream(dialer, contact)
+        assert ours.outgoing() > now > before
+
+    with_both(test, ours, theirs)
 
 
 @pytest.mark.parametrize("says", ["", "no timestamp", "ffffffffffff-ffff", "x" * 4000])

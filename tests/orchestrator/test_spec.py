@@ -51,6 +51,15 @@ def test_a_node_without_inputs_takes_the_one_before_it() -> None:
     ]
 
 
+def test_nodes_and_the_loss_may_be_in_groups() -> None:
+    spec = nodes((0, {"group": "front"}), (1, {"group": "front"}))
+    spec["loss"] |= {"group": "front"}
+    graph = load_spec(spec)
+    assert [graph.node(vnode).group for vnode in graph.vnodes()] == [
+        "front", "front", "", "", "", "front",
+    ]  # fmt: skip
+
+
 def test_loading_does_not_change_what_was_given() -> None:
     spec = digits()
     before = copy.deepcopy(spec)
@@ -140,6 +149,9 @@ WRONG: list[tuple[str, Any, str]] = [
     ("nesterov", digits(optimizer={"type": "SGD", "nesterov": True}), "nesterov=true needs a momentum"),
     ("arity", nodes((0, {"inputs": ["x", "x"]})), "fc1: Linear takes 1 input, not 2"),
     ("add one", nodes((3, {"inputs": ["fc2"]})), "skip: Add takes 2 to 64 inputs, not 1"),
+    ("group", nodes((0, {"group": "a b"})), "the group of fc1 is 1 to 64 letters"),
+    ("no group", nodes((0, {"group": ""})), "fc1 has an empty group: name it, or leave the key out"),
+    ("group number", nodes((0, {"group": 3})), "node fc1.group: expected text, not 3"),
     ("dead end", nodes((4, {"inputs": ["x"]})), "skip leads nowhere: no node takes its output"),
     ("unused", digits(inputs={"x": {"shape": [64]}, "z": {"shape": [1]}}), "no node takes the input z"),
     ("loss input", digits(loss={"id": "l", "type": "MSELoss", "inputs": ["x"]}), "which is no node"),

@@ -47,6 +47,33 @@ def test_the_digits_graph() -> None:
     assert DIGITS.digest.hex().startswith("90a64584ccfb8d5e")
 
 
+def test_the_digest_of_a_graph_without_groups_is_as_it_ever_was() -> None:
+    """A network's manifest names it, and there are networks."""
+    assert DIGITS.digest.hex() == (
+        "90a64584ccfb8d5e24e422fc83dc5524f0188107c36b36f0fc24729ef3925735"
+    )
+    assert b"group" not in DIGITS.to_json()
+
+
+def test_a_group_travels_with_the_graph() -> None:
+    wide = {"in_features": 8, "out_features": 8}
+    graph = compile_graph(
+        name="grouped",
+        inputs={"x": TensorSpec((8,))},
+        nodes=[Draft("a", "Linear", wide, ("x",), "g"), Draft("b", "Linear", wide, ("a",))],
+        loss=Draft("loss", "MSELoss", {}, ("b",), "g"),
+        optimizer="SGD",
+        optimizer_config={},
+    )
+    assert [graph.node(vnode).group for vnode in graph.vnodes()] == ["g", "", "g"]
+    assert from_json(graph.to_json()) == graph
+    top = json.loads(graph.to_json())
+    for wrong in ("", 7, None, "no such/name"):
+        top["nodes"][0]["group"] = wrong
+        with pytest.raises(MalformedError):
+            from_json(json.dumps(top, sort_keys=True, separators=(",", ":")).encode())
+
+
 def test_who_consumes_what() -> None:
     assert DIGITS.consumers("x") == (("fc1", 0), ("skip", 1))
     assert DIGITS.consumers("fc2") == (("skip", 0),)

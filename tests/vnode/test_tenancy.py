@@ -473,6 +473,22 @@ def beat(rig: Rig, log: Log, epoch: int, by: str = "boss", lease_s: int = 10) ->
     return rig.code(rig.ask(lambda ask: HeartbeatCame(ask, keypair_of(by).peer_id, request)))
 
 
+def test_what_the_service_no_longer_lists_is_let_go_at_the_next_heartbeat() -> None:
+    listed = True
+    log = Log(GRAPH)
+    rig = Rig(log, serves=lambda network_id, owner: "" if listed else "not ours")
+    claim = log.claim("boss", HERE)
+    ask = rig.allocate(log, claim)
+    rig.answer_reads()
+    assert rig.code(ask) == ""
+    assert beat(rig, log, 1) == ""
+    listed = False
+    assert beat(rig, log, 1) == "NOT_IN_SERVICE"
+    assert isinstance(rig.effects[-2], End)
+    assert not rig.core.tenants()
+    assert beat(rig, log, 1, by="stranger") == "STALE_EPOCH"
+
+
 def drop(rig: Rig, log: Log, epoch: int, *vnodes: str, by: str = "boss") -> str:
     request = pnode_pb2.DropRequest(network_id=log.network_id, epoch=epoch, vnodes=vnodes)
     return rig.code(rig.ask(lambda ask: DropAsked(ask, keypair_of(by).peer_id, request)))

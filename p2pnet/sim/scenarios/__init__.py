@@ -8,12 +8,18 @@ from p2pnet.sim.scenarios import (
     churn,
     detection,
     eclipse,
+    jobs,
     log,
     lookups,
     orchestration,
+    partition,
     pauses,
+    race,
+    relocation,
     spread,
+    stalls,
     swarm,
+    takeover,
 )
 
 SCENARIOS: dict[str, Scenario] = {
@@ -23,11 +29,17 @@ SCENARIOS: dict[str, Scenario] = {
         churn,
         detection,
         eclipse,
+        jobs,
         log,
         lookups,
         orchestration,
+        partition,
         pauses,
+        race,
+        relocation,
         spread,
+        stalls,
         swarm,
+        takeover,
     )
 }
