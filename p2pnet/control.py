@@ -111,9 +111,7 @@ class Control:
             "Plan": unary(self._plan, pb.PlanRequest, pb.PlanReply, timeout_s=PLAN_TIMEOUT_S),
             "ReadLog": unary(self._read_log, pb.LogRequest, pb.LogReply),
             "Trace": unary(self._trace, pb.TraceRequest, pb.TraceReply),
-            "Drain": unary(
-                self._drain, pb.DrainRequest, pb.DrainReply, timeout_s=DRAIN_TIMEOUT_S
-            ),
+            "Drain": unary(self._drain, pb.DrainRequest, pb.DrainReply, timeout_s=DRAIN_TIMEOUT_S),
             "Leave": unary(self._leave, pb.LeaveRequest, pb.LeaveReply),
             "Events": server_stream(
                 self._events, pb.EventsRequest, pb.EventReply, timeout_s=EVENTS_TIMEOUT_S

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from p2pnet.errors import P2PNetError
@@ -32,18 +32,25 @@ class Drained:
 
 
 class Draining:
-    """Lives on the gRPC thread. `stop_hosting` has the membership told; any thread."""
+    """Lives on the gRPC thread.
+
+    Args:
+        keeps_for: the orchestrators of the networks whose logs this node keeps.
+        stop_hosting: has the membership told; any thread.
+    """
 
     def __init__(
         self,
         swarm: Swarm,
         host: Host,
         orchestrator: Orchestrator,
+        keeps_for: Callable[[], Iterable[str]],
         stop_hosting: Callable[[], None],
     ) -> None:
         self._swarm = swarm
         self._host = host
         self._orchestrator = orchestrator
+        self._keeps_for = keeps_for
         self._stop_hosting = stop_hosting
         self._one_at_a_time = asyncio.Lock()
 
@@ -56,7 +63,8 @@ class Draining:
         async with self._one_at_a_time:
             self._host.drain()
             self._stop_hosting()
-            moved = sum(await asyncio.gather(*map(self._tell, self._host.claimants())))
+            to_tell = sorted({*self._host.claimants(), *self._keeps_for()})
+            moved = sum(await asyncio.gather(*map(self._tell, to_tell)))
             await self._emptied()
             names = self._orchestrator.names()
             left_behind = await self._orchestrator.resign()

@@ -42,7 +42,6 @@ from p2pnet.gossip.events import MemberChanged, State
 from p2pnet.gossip.known import Known
 from p2pnet.gossip.shell import Gossip
 from p2pnet.joining import Joining
-from p2pnet.keys import KeyPair, short
 from p2pnet.log.keeper_shell import KeeperService
 from p2pnet.net import identity
 from p2pnet.net.bridge import Bridge, open_bridge
@@ -58,7 +57,6 @@ from p2pnet.rendezvous import Rendezvous
 from p2pnet.service import Scope
 from p2pnet.service_file import Pin
 from p2pnet.tracing import Tracing
-from p2pnet.v1 import orchestrator_pb2
 from p2pnet.vnode.blobs import BLOBS_BYTES_MAX, BlobKeeper
 from p2pnet.vnode.executor import ComputeThread
 from p2pnet.vnode.faults import Faults
@@ -244,7 +242,13 @@ async def run_node(
             hosts_nothing = replace(parts.capabilities, hosting=False)
             token.run_sync_soon(_describe, parts, hosts_nothing)
 
-        draining = Draining(around, host, orchestrator, stop_hosting)
+        draining = Draining(
+            around,
+            host,
+            orchestrator,
+            lambda: (log.orchestrator for log in keeper.histories() if log.closing is None),
+            stop_hosting,
+        )
         socket = data.new_socket()
         control = Control(
             peer_id=keypair.peer_id,

@@ -30,7 +30,7 @@ _TRACK_OF = {
     "clock_apart": "members",
 }
 _RESOLUTION_US = 1000  # the clocks count milliseconds: so long is what takes no time
-_ENDS_PLACING = ("placed", "over", "recovering")
+_ENDS_PLACING = ("placed", "over", "closed", "recovering")
 
 Record = dict[str, Any]
 

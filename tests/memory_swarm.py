@@ -25,7 +25,7 @@ from p2pnet.client import session
 from p2pnet.clock import wall_ms
 from p2pnet.data.blobs import BlobStore
 from p2pnet.dht.keyspace import vnode_key
-from p2pnet.dht.records import OpenRecord, open_record
+from p2pnet.dht.records import OpenRecord, merge, open_record
 from p2pnet.errors import RefusedError, UnreachableError
 from p2pnet.gossip.statements import open_advert
 from p2pnet.keys import KeyPair
@@ -318,7 +318,7 @@ class MemorySwarm(Wire):
         found = [
             open_record(signed, key, wall_ms()) for signed in self.records.get(key, {}).values()
         ]
-        return sorted(found, key=lambda record: record.rank, reverse=True)
+        return merge(found)
 
     # For tests
 

@@ -41,8 +41,8 @@ from p2pnet.errors import root_of
     "state_url",
     default="",
     metavar="URL",
-    help="Where networks submitted here keep log and states, such as file:///mnt/shared. "
-    "Default: on other peers.",
+    help="Where networks submitted here keep log and states, such as file:///mnt/shared or "
+    "s3://bucket/prefix. Default: on other peers.",
 )
 @click.option(
     "--service",

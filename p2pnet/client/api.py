@@ -19,7 +19,7 @@ from p2pnet.client.run import TrainingRun
 from p2pnet.client.session import NetworkInfo, Session
 from p2pnet.client.terms import Terms
 from p2pnet.datadir import DataDir, default_data_dir
-from p2pnet.errors import UsageError
+from p2pnet.errors import UnreachableError, UsageError
 from p2pnet.keys import KeyPair
 from p2pnet.net import identity
 from p2pnet.net.bridge import AsyncioThread
@@ -149,8 +149,15 @@ class Client:
         return Network(self, self.run(self.session.find(name)))
 
     def run(self, coro: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        """Runs a coroutine of the session's and waits for it."""
-        return self._thread.run(coro, timeout_s)
+        """Runs a coroutine of the session's and waits for it.
+
+        Raises:
+            UnreachableError: it takes longer than `timeout_s`; it is cancelled.
+        """
+        try:
+            return self._thread.run(coro, timeout_s)
+        except TimeoutError:
+            raise UnreachableError(f"there was no answer for {timeout_s:g} s") from None
 
     def start(self, coro: Coroutine[Any, Any, None]) -> None:
         """Begins a coroutine on the session's loop and does not wait."""
@@ -204,7 +211,8 @@ class Network:
             on_step: told (step, loss) of each decided step. The loss is NaN in the rare
                 case that the step counts and its result was lost with an orchestrator.
             on_notice: told what is worth knowing meanwhile, a sentence at a time: that
-                the orchestrator is gone, say. By default it is logged as a warning.
+                the orchestrator is gone, say; from another thread. By default it is
+                logged as a warning.
         """
         self._on_notice = on_notice
         try:

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from p2pnet.client.batches import fitted
 from p2pnet.client.connection import Patience
-from p2pnet.client.run import fitted
 from p2pnet.client.session import NetworkInfo, Session
 from p2pnet.errors import NotFoundError, RefusedError, UnreachableError, root_of
 from p2pnet.v1 import common_pb2, vnode_pb2
@@ -77,9 +77,10 @@ async def _until_done(
     session: Session, network: NetworkInfo, graph: CompiledGraph, inputs: Mapping[str, Array]
 ) -> Array:
     patience = Patience(f"an answer of network {graph.name}", GIVE_UP_S)
+    told: Places = {}  # what hosts have said, which may be newer than what the DHT says
     while True:
         try:
-            return await _once(session, network, graph, inputs)
+            return await _once(session, network, graph, inputs, told)
         except (_Moved, UnreachableError, NotFoundError) as error:
             await patience.wait(
                 UnreachableError(

@@ -9,11 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
-
+from p2pnet.client.batches import Content, checked
 from p2pnet.client.events import (
     Batch,
     BatchGiven,
@@ -54,10 +52,9 @@ from p2pnet.v1 import common_pb2, vnode_pb2
 from p2pnet.v1 import orchestrator_pb2 as pb
 from p2pnet.vnode.draft import TARGET
 from p2pnet.vnode.graph import CompiledGraph
-from p2pnet.vnode.network import BATCH_SAMPLES
 from p2pnet.vnode.tensors import Array, digest_of, encode
 
-__all__ = ["StepResult", "TrainingRun", "fitted"]
+__all__ = ["StepResult", "TrainingRun"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,14 +62,6 @@ T = TypeVar("T")
 
 FEED_TIMEOUT_S = 5.0
 STREAM_TIMEOUT_S = 7 * 24 * 3600.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Content:
-    """Of a batch."""
-
-    inputs: dict[str, Array]
-    target: Array
 
 
 class TrainingRun:
@@ -122,8 +111,7 @@ class TrainingRun:
     async def step(self, inputs: dict[str, Array], target: Array) -> StepResult:
         """One training step; returns when it is decided."""
         graph = await self.start()
-        content = _checked(graph, inputs, target)
-        size_bytes = sum(array.nbytes for array in (*content.inputs.values(), content.target))
+        content = checked(graph, inputs, target)
         async with self._turn:
             while self._feed.full and not self._over.done():
                 self._room.clear()
@@ -133,7 +121,7 @@ class TrainingRun:
             step = self._asked
             result: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
             self._results[step] = result
-            self._take(BatchGiven(Batch(content, size_bytes)))
+            self._take(BatchGiven(Batch(content, content.size_bytes)))
         try:
             return await self._or_over(result)
         finally:
@@ -287,7 +275,7 @@ class TrainingRun:
     async def _feed_step(self, out: FeedStep) -> None:
         assert self._graph is not None
         content = out.batch.content
-        assert isinstance(content, _Content)
+        assert isinstance(content, Content)
         hops = [
             self._hop(out, vnode, name, slot, array)
             for name, array in (*content.inputs.items(), (TARGET, content.target))
@@ -330,43 +318,3 @@ class TrainingRun:
         if reply.HasField("refusal"):
             stale = refusal.code == common_pb2.REFUSAL_CODE_STALE_EPOCH
             failed(f"{vnode} refuses a batch: {refusal.detail}", refusal.epoch if stale else 0)
-
-
-def _checked(graph: CompiledGraph, inputs: dict[str, Array], target: Array) -> _Content:
-    """A batch that fits the graph; raises UsageError."""
-    inputs = {name: fitted(graph, name, array) for name, array in inputs.items()}
-    target = fitted(graph, TARGET, target)
-    missing = [name for name in graph.inputs if name not in inputs]
-    if missing:
-        raise UsageError(f"network {graph.name} also needs the input {missing[0]!r}")
-    sizes = sorted({len(target), *(len(array) for array in inputs.values())})
-    if len(sizes) != 1 or not sizes[0]:
-        raise UsageError(f"a batch needs as many inputs as targets, and at least one: {sizes}")
-    if sizes[0] > BATCH_SAMPLES:
-        raise UsageError(
-            f"a batch has at most {BATCH_SAMPLES} samples, which is what hosts lend memory "
-            f"for, and this one has {sizes[0]}"
-        )
-    return _Content(inputs, target)
-
-
-def fitted(graph: CompiledGraph, name: str, array: Array) -> Array:
-    """A batch as the graph wants it: dtype, and shape without the first dimension.
-
-    Raises:
-        UsageError: says what was expected.
-    """
-    if name != TARGET and name not in graph.inputs:
-        raise UsageError(f"network {graph.name} has no input {name!r}: {', '.join(graph.inputs)}")
-    spec = graph.tensor(name)
-    array = np.asarray(array)
-    if np.dtype(spec.dtype).kind != array.dtype.kind or array.ndim == 0:
-        raise UsageError(
-            f"{name} has to be {spec.dtype}, samples first, and is {array.dtype.name}"
-            f"{list(array.shape)}"
-        )
-    if array.shape[1:] != spec.shape:
-        raise UsageError(
-            f"{name} has to be {list(spec.shape)} a sample, and is {list(array.shape[1:])}"
-        )
-    return np.ascontiguousarray(array, dtype=spec.dtype)

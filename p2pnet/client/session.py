@@ -15,7 +15,7 @@ from dataclasses import replace
 from p2pnet.client.networks import LOOK_FURTHER, NetworkInfo, Networks, raise_refusal
 from p2pnet.client.terms import Terms, first_keepers, new_manifest
 from p2pnet.clock import wall_ms
-from p2pnet.data.blobs import open_state, path_of
+from p2pnet.data.blobs import is_state_there, open_state
 from p2pnet.dht.manifest import network_id_of
 from p2pnet.errors import (
     NotFoundError,
@@ -223,7 +223,7 @@ class Session(Networks):
             UsageError: the store cannot be read from here.
         """
         if state_url:
-            if not path_of(state_url).is_dir():  # a record's word; nothing is made for it here
+            if not is_state_there(state_url):  # a record's word; nothing is made for it here
                 raise UsageError(f"the states are in {state_url}, which cannot be read from here")
             return await asyncio.to_thread(
                 open_state(state_url, BLOBS_BYTES_MAX).get, ref.digest.hex()

@@ -226,6 +226,15 @@ def check_state(url: str) -> None:
         path_of(url)
 
 
+def is_state_there(url: str) -> bool:
+    """Whether a state's place is one that this machine has; a bucket is found out by asking.
+
+    Makes nothing. Raises UsageError as `check_state`.
+    """
+    check_state(url)
+    return url.startswith("s3://") or path_of(url).is_dir()
+
+
 def path_of(url: str) -> Path:
     """The absolute path in a file:// URL; raises UsageError for anything else."""
     parts = urlsplit(url)

@@ -138,9 +138,7 @@ class RecordStore:
         self._add(_Entry(record, born, source))
         return True
 
-    def sift(
-        self, records: Iterable[OpenRecord], now: float, source: str = ""
-    ) -> list[OpenRecord]:
+    def sift(self, records: Iterable[OpenRecord], now: float, source: str = "") -> list[OpenRecord]:
         """Of checked records that others passed on, those that live by what we remember.
 
         Without those older than what is or was held here, and none of them younger

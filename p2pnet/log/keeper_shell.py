@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from p2pnet import clock
@@ -83,32 +83,34 @@ class KeeperService:
         async with self._one_at_a_time:
             if self._broken:  # the core has promised what the disk does not know
                 raise ResourceError(self._broken)
-            reply: object = None
-            for effect in self._core.handle(event, clock.now()):
-                if isinstance(effect, Persist):
-                    try:
-                        await asyncio.to_thread(self._write, effect)
-                    except OSError as error:
-                        self._broken = f"this keeper cannot write: {error.strerror}"
-                        raise ResourceError(self._broken) from error
-                    if isinstance(event, Learn) and self._emit is not None:
-                        self._emit("log_learned", network_id=effect.network_id, slot=effect.slot)
-                elif isinstance(effect, Reply):
-                    reply = effect.message
-            return reply
+            effects = self._core.handle(event, clock.now())
+            kept = [effect for effect in effects if isinstance(effect, Persist)]
+            if kept:
+                try:
+                    await asyncio.to_thread(self._write, kept)
+                except OSError as error:
+                    self._broken = f"this keeper cannot write: {error.strerror}"
+                    raise ResourceError(self._broken) from error
+            return next(effect.message for effect in effects if isinstance(effect, Reply))
 
-    def _write(self, effect: Persist) -> None:
-        folder = self._directory / effect.network_id
+    def _write(self, kept: Sequence[Persist]) -> None:
+        """All are of one network. After a crash in between the first of them are there.
+
+        That names appear in the order of their making is what journals of file systems
+        give; were it otherwise, `_read_all` and `Keeper.load` would say that one is missing.
+        """
+        folder = self._directory / kept[0].network_id
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{effect.slot}"
-        with temporary.open("wb") as file:
-            file.write(effect.data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / str(effect.slot))
+        for effect in kept:
+            temporary = folder / f".{effect.slot}"
+            with temporary.open("wb") as file:
+                file.write(effect.data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, folder / str(effect.slot))
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            os.fsync(descriptor)  # the new names, too
         finally:
             os.close(descriptor)
 

@@ -81,6 +81,14 @@ def check_decided(
     return entry
 
 
+def take_decided(signed: common_pb2.Signed, proof: log_pb2.Proof, history: History) -> None:
+    """Adds the next entry to `history`, once; raises as `check_decided`, and then adds nothing."""
+    if not history.entries:
+        check_entry(signed, history)
+    check_proof(proof, signed, keepers_of_next(history, signed))
+    history.add(signed)  # it is on peers: what would not count is refused here
+
+
 def _payload(ballot: log_pb2.Ballot, signed: common_pb2.Signed) -> bytes:
     entry = parse_entry(signed)
     return log_pb2.Vote(

@@ -18,7 +18,7 @@ from p2pnet.errors import RemoteError
 from p2pnet.keys import short
 from p2pnet.log.entry import parse_entry
 from p2pnet.log.history import History, check_entry, keepers_of_next
-from p2pnet.log.keeper import ROUND_MAX, to_ballot, to_key
+from p2pnet.log.keeper import BATCH_ENTRIES, ROUND_MAX, to_ballot, to_key
 from p2pnet.log.proof import BallotKey, check_decided, check_vote, majority, prove
 from p2pnet.v1 import common_pb2, log_pb2
 
@@ -224,7 +224,8 @@ class Proposer:
             if keeper in self._taught:
                 return self._on_no(keeper, "does not know the log", now)
             self._taught[keeper] = None
-            lessons = learn_requests(self._network_id, self._history.entries, self._proofs)
+            unknown = self._history.entries[max(1, reply.next_slot) - 1 :]
+            lessons = learn_requests(self._network_id, unknown, self._proofs)
             return [Send(keeper, (*lessons, self._prepare()))]
         if not reply.promised:
             return self._on_no(keeper, "has promised a higher ballot", now)
@@ -331,7 +332,10 @@ def learn_requests(
         if proof is None:
             break
         size_bytes += len(entry.payload)
-        if not requests or size_bytes > LEARN_BYTES_MAX:
+        full = size_bytes > LEARN_BYTES_MAX or (
+            bool(requests) and len(requests[-1].entries) == BATCH_ENTRIES
+        )
+        if not requests or full:
             requests.append(log_pb2.LearnRequest(network_id=network_id))
             size_bytes = len(entry.payload)
         requests[-1].entries.append(entry)

@@ -22,7 +22,7 @@ from p2pnet.errors import ForgedError, RemoteError
 from p2pnet.keys import short
 from p2pnet.log.history import History
 from p2pnet.log.keeper import BYTES_MAX
-from p2pnet.log.proof import check_decided, majority
+from p2pnet.log.proof import majority, take_decided
 from p2pnet.v1 import common_pb2, log_pb2
 
 GRACE_S = 0.3  # for who knows more than a majority, once a majority has answered
@@ -115,6 +115,8 @@ class LogReader:
         self._asked: dict[str, int] = {}  # whose answers are awaited -> from which slot on
         self._told: dict[str, None] = {}  # who has told all, in this round
         self._no: dict[str, str] = {}
+        self._teller = ""  # who has told us last what we did not know
+        self._later: dict[str, None] = {}  # who may know more, but told what we knew
         self._grace: float | None = None  # when we wait no more, having a majority
         self._round_ends = 0.0
         self._resumes: float | None = None  # between two rounds
@@ -129,18 +131,19 @@ class LogReader:
         if isinstance(event, Tick):
             if self._resumes is not None:
                 return self._begin_round(now) if now >= self._resumes else []
-            if now >= self._round_ends:
-                for keeper in self._asked:
-                    self._no[keeper] = "no answer"
-                self._asked = {}
-            return self._judge(now)
+            if now < self._round_ends:
+                return self._judge(now)
+            self._no |= dict.fromkeys(self._asked, "no answer")
+            self._asked = {}
+            return [*self._ask_later(now), *self._judge(now)]
         if event.keeper not in self._asked:
             return []  # late, or unasked
         from_slot = self._asked.pop(event.keeper)
         if isinstance(event, Missed):
             self._no[event.keeper] = event.reason
-            return self._judge(now)
-        return [*self._take(event.keeper, from_slot, event.reply), *self._judge(now)]
+            return [*self._ask_later(now), *self._judge(now)]
+        effects = self._take(event.keeper, from_slot, event.reply, now)
+        return [*effects, *self._ask_later(now), *self._judge(now)]
 
     def deadline(self) -> float | None:
         """When the grace, the round, or the wait between two is over."""
@@ -161,7 +164,7 @@ class LogReader:
 
     def _begin_round(self, now: float) -> list[Effect]:
         self._rounds_left -= 1
-        self._asked, self._told, self._no = {}, {}, {}
+        self._asked, self._told, self._no, self._later = {}, {}, {}, {}
         self._grace = self._resumes = None
         self._round_ends = now + ROUND_TIMEOUT_S
         return self._ask(dict.fromkeys((*self._keepers(), *self._hints)))
@@ -176,7 +179,9 @@ class LogReader:
             asks.append(Ask(keeper, request))
         return asks
 
-    def _take(self, keeper: str, from_slot: int, reply: log_pb2.ReadLogReply) -> list[Effect]:
+    def _take(
+        self, keeper: str, from_slot: int, reply: log_pb2.ReadLogReply, now: float
+    ) -> list[Effect]:
         if not reply.entries:
             self._told[keeper] = None
             return []
@@ -189,20 +194,32 @@ class LogReader:
                 if slot < history.next_slot:
                     continue  # another has told us meanwhile
                 proof = reply.proofs[slot - from_slot]
-                check_decided(signed, proof, history)
                 if history.size_bytes + len(signed.payload) > BYTES_MAX:
                     raise ForgedError("it is longer than any log may be")
-                history.add(signed)
+                take_decided(signed, proof, history)
                 found.append(Found(slot, signed, proof))
         except RemoteError as error:
             self._no[keeper] = str(error)
             return found
+        if not found:
+            self._later[keeper] = None
+            return []
         # It may know more; and an entry may have named new keepers.
+        self._teller = keeper
+        self._round_ends = now + ROUND_TIMEOUT_S
         unheard = [who for who in self._keepers() if not self._is_heard(who)]
         return [*found, *self._ask(dict.fromkeys((keeper, *unheard)))]
 
+    def _ask_later(self, now: float) -> list[Effect]:
+        """Who was behind the teller is asked when he has told all: a long log comes once."""
+        if not self._later or self._teller in self._asked:
+            return []
+        later, self._later = self._later, {}
+        self._round_ends = now + ROUND_TIMEOUT_S
+        return self._ask(later)
+
     def _is_heard(self, keeper: str) -> bool:
-        return keeper in self._asked or keeper in self._told or keeper in self._no
+        return any(keeper in them for them in (self._asked, self._told, self._no, self._later))
 
     def _judge(self, now: float) -> list[Effect]:
         keepers = self._keepers()

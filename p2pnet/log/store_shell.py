@@ -11,6 +11,8 @@ from p2pnet.log.history import History, check_entry
 from p2pnet.log.shell import Log
 from p2pnet.v1 import common_pb2
 
+_AT_ONCE = 32
+
 
 class Store(Protocol):
     """Entries by slot, each written once. Methods block."""
@@ -68,7 +70,9 @@ class LogInStore(Log):
             entries = await asyncio.to_thread(self._store.read, known.network_id, known.next_slot)
         except LocalError as error:
             raise UnreachableError(str(error)) from error
-        known.extend(entries)
+        for first in range(0, len(entries), _AT_ONCE):
+            known.extend(entries[first : first + _AT_ONCE])
+            await asyncio.sleep(0)  # each costs a signature: others may go on meanwhile
 
     async def close(self) -> None:
         """See `Log`."""

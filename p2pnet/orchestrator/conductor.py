@@ -24,33 +24,29 @@ from p2pnet.keys import KeyPair, short
 from p2pnet.log.history import History, check_entry, new_claim, new_closing
 from p2pnet.orchestrator import messages as m
 from p2pnet.orchestrator.allocations import allocate_requests, check_accepted, relocations_of
+from p2pnet.orchestrator.asks import Ask, Asks
 from p2pnet.orchestrator.desk import REASON_CHARS_MAX, Desk
 from p2pnet.orchestrator.feeding import refused
 from p2pnet.orchestrator.hosts import by_host
 from p2pnet.orchestrator.moving import Move
 from p2pnet.orchestrator.training import Training
+from p2pnet.orchestrator.watching import LEASE_S, LOOK_INTO_THE_LOG, Watch
 from p2pnet.v1 import common_pb2, log_pb2, orchestrator_pb2, pnode_pb2
 from p2pnet.vnode.graph import CompiledGraph
 
-LEASE_S = 60
-HEARTBEAT_S = 1.0
 WAIT_S = 5.0  # for hosts, or for the log's keepers, before looking again
 FUTILE_MAX = 3  # recoveries without a commit between; each is an entry of the log
 BACKOFF_S = 0.05
 BACKOFF_MAX_S = 2.0
 IMPROVE_S = 30.0
-ASK_S = 30.0
+KEEPER_GONE_S = 30.0
 RELOCATIONS_KEPT = 1000
 
 STALE = common_pb2.REFUSAL_CODE_STALE_EPOCH
-BUSY = common_pb2.REFUSAL_CODE_BUSY
 FAILED = common_pb2.REFUSAL_CODE_FAILED
+BUSY = common_pb2.REFUSAL_CODE_BUSY
 CLOSED = common_pb2.REFUSAL_CODE_CLOSED
 DRAINING = common_pb2.REFUSAL_CODE_DRAINING
-# What a host says whose claim is another than ours: the log knows which counts.
-_LOOK_INTO_THE_LOG = (STALE, CLOSED, common_pb2.REFUSAL_CODE_UNKNOWN_EPOCH)
-
-_Asked = m.CutAsked | m.HostLeaves | m.Resign | m.CancelAsked
 
 
 class Phase(Enum):
@@ -108,6 +104,8 @@ class Conductor:
             alive={key.peer_id: None},
         )
         self._training = Training(self._desk)
+        self._watch = Watch(self._desk)
+        self._asks = Asks(self._desk)
         self._begin: m.Begin | None = None
         self._reason = ""
         self._noticed_at: float | None = None  # since when something is wrong
@@ -121,16 +119,11 @@ class Conductor:
         self._asked: dict[str, None] = {}  # hosts whose answer to Allocate is awaited
         self._acceptances: list[common_pb2.Signed] = []
         self._disagreed = ""  # why the present allocation has failed
-        self._beating: dict[str, None] = {}
         self._move: Move | None = None
-        self._leaves: dict[int, str] = {}  # asks of hosts that go
-        self._resigns: dict[int, None] = {}
-        self._cut_asks: dict[int, float] = {}  # until when
-        self._closing: tuple[int, common_pb2.Signed] | None = None
         self._resume_at: float | None = None
-        self._beat_at = self._improve_at = 0.0
+        self._improve_at = 0.0
+        self._keepers_at: float | None = None  # when a lost keeper is replaced
         self._relocations: list[orchestrator_pb2.Relocation] = []
-        self._health: dict[str, pnode_pb2.HostedVNode] = {}
 
     # The core
 
@@ -147,9 +140,10 @@ class Conductor:
 
     def deadline(self) -> float | None:
         """See `p2pnet.core.Core`."""
-        times = [self._resume_at, *self._cut_asks.values()]
+        times = [self._resume_at, self._asks.deadline()]
         if self.phase is Phase.READY:
-            times += [self._beat_at, self._improve_at, self._training.deadline()]
+            times += [self._watch.at, self._improve_at, self._keepers_at]
+            times.append(self._training.deadline())
         return min((at for at in times if at is not None), default=None)
 
     def check(self) -> None:
@@ -162,7 +156,7 @@ class Conductor:
         if self.phase is Phase.ALLOCATING:
             assert self._asked
         if self.phase is Phase.OVER:
-            assert not any((self._leaves, self._resigns, self._cut_asks, self._closing))
+            assert not self._asks.any
 
     # What there is to say
 
@@ -226,7 +220,7 @@ class Conductor:
 
     def status(self) -> orchestrator_pb2.StatusReply:
         """All that there is to say."""
-        desk, training = self._desk, self._training
+        desk, training, health = self._desk, self._training, self._watch.health
         return orchestrator_pb2.StatusReply(
             network_id=self.network_id,
             name=desk.graph.name,
@@ -235,7 +229,7 @@ class Conductor:
             step=training.step,
             committed_step=desk.committed_step,
             orchestrator=desk.key.peer_id,
-            vnodes=[self._health[v] for v in desk.graph.vnodes() if v in self._health],
+            vnodes=[health[vnode] for vnode in desk.graph.vnodes() if vnode in health],
             locations=desk.locations(),
             relocations=self._relocations,
             states=desk.states,
@@ -271,7 +265,8 @@ class Conductor:
             case m.HostReady():
                 self._host_ready(event)
             case m.Beaten() | m.NotBeaten():
-                self._heartbeat_answered(event)
+                if self._watch.take(event):
+                    self._read_log()
             case m.Released():
                 self._desk.hosts.released(event.host, event.heard)
             case m.MemberGone():
@@ -298,9 +293,7 @@ class Conductor:
 
     def _tick(self) -> None:
         now = self._desk.now
-        for ask in [ask for ask, until in self._cut_asks.items() if now >= until]:
-            del self._cut_asks[ask]
-            self._desk.answer(ask, BUSY, f"{self.graph.name} is {self.state}: {self.detail}")
+        self._asks.tick()
         if self._resume_at is not None and now >= self._resume_at:
             self._resume_at = None
             if self._begin is not None:
@@ -309,9 +302,11 @@ class Conductor:
                 self._plan()
         if self.phase is Phase.READY:
             self._training.tick()
-        if self.phase is Phase.READY and now >= self._beat_at:
-            self._beat_at = now + HEARTBEAT_S
-            self._beat()
+        if self.phase is Phase.READY:
+            self._watch.tick()
+        if self.phase is Phase.READY and self._keepers_at is not None and now >= self._keepers_at:
+            self._keepers_at = None
+            self._look_after_keepers(patient=False)
         if self.phase is Phase.READY and now >= self._improve_at:
             self._improve_at = now + IMPROVE_S
             if self._move is None and not self._training.uncommitted:
@@ -326,6 +321,7 @@ class Conductor:
 
     def _log_read(self, event: m.LogRead) -> None:
         self._reading = False
+        commit, states = self.history.commit, self.states
         if self._appending is None:  # else the answer to that will tell
             try:
                 self.history.extend(event.entries)
@@ -338,6 +334,8 @@ class Conductor:
             self._begin_with_log(self._begin)
         elif self._is_lost(self.epoch):
             self._lost()
+        elif self.history.commit is not commit and self.history.orchestrator == self._me:
+            self._committed(states)  # ours, of which we have not heard that it is in the log
 
     def _log_silent(self, reason: str) -> None:
         self._reading = False
@@ -406,10 +404,8 @@ class Conductor:
     def _not_appended(self, reason: str) -> None:
         what = self._appending
         self._appending = self._sent = None
-        if what is _Entry.CLOSING and self._closing is not None:
-            ask, _ = self._closing
-            self._closing = None
-            self._desk.answer(ask, FAILED, f"the log cannot be written: {reason}")
+        if what is _Entry.CLOSING:
+            self._asks.closed(FAILED, f"the log cannot be written: {reason}")
         if what is _Entry.COMMIT:
             self._training.not_committed(reason)
         if self.phase is Phase.CLAIMING:
@@ -419,8 +415,8 @@ class Conductor:
         """The log is free for what waits for it, if it is."""
         if self._appending is not None:
             return
-        if self._closing is not None:
-            self._close(*self._closing)
+        if self._asks.closing is not None:
+            self._close(self._asks.closing[1])
         elif self.phase in (Phase.CLAIMING, Phase.READY):
             # What is stored already need not be done again: before a claim, too.
             commit = self._training.commit_entry()
@@ -560,10 +556,11 @@ class Conductor:
         self._answered(event.host)
 
     def _disagrees(self, host: str, reason: str, code: int) -> None:
-        self._desk.hosts.shun(host, self._desk.now)
+        if code != BUSY:  # which is: in a moment
+            self._desk.hosts.shun(host, self._desk.now)
         self._disagreed = self._disagreed or f"peer {short(host)} did not agree: {reason}"
         self._desk.note("refused", host=host, epoch=self.epoch, reason=reason)
-        if code in _LOOK_INTO_THE_LOG:
+        if code in LOOK_INTO_THE_LOG:
             self._read_log()
         self._answered(host)
 
@@ -588,11 +585,10 @@ class Conductor:
         desk.ready = True
         desk.state, desk.detail = "ready", ""
         self._noticed_at, self._tries = None, 0
-        self._beating.clear()
-        self._beat_at = desk.now + HEARTBEAT_S
         self._improve_at = desk.now + IMPROVE_S
+        self._keepers_at = None
         desk.out.append(m.Publish(desk.epoch, tuple(self._acceptances), desk.history.keepers))
-        self._release()
+        self._watch.begin_epoch()
         desk.note("placed", epoch=desk.epoch, placement=dict(desk.placement))
         self._training.begin_epoch()
         if self.phase is Phase.READY:
@@ -637,18 +633,13 @@ class Conductor:
         if event.placement is None or dict(event.placement) == desk.placement:
             self._move = None
             if event.purpose is m.Purpose.MOVE:
-                self._nowhere_to_go(event.reason)
+                self._asks.nowhere_to_go(event.reason)
         elif not desk.well(event.placement):
             self._move = None  # somebody failed meanwhile
             self._serve_asks()
         else:
             move.reason = event.reason or move.reason
             move.begin(dict(event.placement), desk)
-
-    def _nowhere_to_go(self, reason: str) -> None:
-        for ask in list(self._leaves):
-            del self._leaves[ask]
-            self._desk.answer(ask, FAILED, f"the VNodes have nowhere to go: {reason}")
 
     def _host_ready(self, event: m.HostReady) -> None:
         move = self._move
@@ -660,7 +651,7 @@ class Conductor:
                 return
             self._move = None
             if move.purpose is m.Purpose.MOVE:
-                self._nowhere_to_go(event.error)
+                self._asks.nowhere_to_go(event.error)
         elif move.cutting:
             self._training.last_cut(move.newcomers(self._desk))
             self._move_on()
@@ -678,46 +669,7 @@ class Conductor:
         self.phase = Phase.CLAIMING
         self._write()
 
-    # Hosts and members
-
-    def _beat(self) -> None:
-        desk = self._desk
-        self._release()
-        for host in by_host(desk.placement):
-            if host not in self._beating:
-                self._beating[host] = None
-                request = pnode_pb2.HeartbeatRequest(
-                    network_id=self.network_id, epoch=desk.epoch, lease_s=LEASE_S
-                )
-                desk.out.append(m.Beat(host, request))
-
-    def _release(self) -> None:
-        """Tells former hosts that are there; the others when they come back."""
-        desk = self._desk
-        for host in desk.hosts.to_release(desk.alive):
-            desk.out.append(m.Release(host, desk.epoch - 1))
-
-    def _heartbeat_answered(self, event: m.Beaten | m.NotBeaten) -> None:
-        desk = self._desk
-        if event.epoch != desk.epoch or self.phase is not Phase.READY:
-            return
-        self._beating.pop(event.host, None)
-        vnodes = by_host(desk.placement).get(event.host, ())
-        if isinstance(event, m.NotBeaten):
-            if desk.hosts.missed(event.host):
-                self._trouble(f"peer {short(event.host)} misses heartbeats: {event.reason}")
-            return
-        desk.hosts.answered(event.host)
-        if event.refusal is not None and event.refusal.code in _LOOK_INTO_THE_LOG:
-            self._read_log()
-        rows = {row.vnode: row for row in event.rows if not row.error}
-        lost = [vnode for vnode in vnodes if vnode not in rows]
-        if event.refusal is not None or lost:
-            desk.hosts.shun(event.host, desk.now)
-            self._trouble(f"peer {short(event.host)} no longer runs {', '.join(lost or vnodes)}")
-            return
-        for vnode in vnodes:
-            self._health[vnode] = rows[vnode]
+    # Members
 
     def _member_gone(self, event: m.MemberGone) -> None:
         desk = self._desk
@@ -730,6 +682,28 @@ class Conductor:
                 self._answered(event.peer_id)
         elif event.peer_id in desk.placement.values():
             self._trouble(reason)
+        self._look_after_keepers(patient=True)
+
+    def _look_after_keepers(self, *, patient: bool) -> None:
+        """Replaces keepers that are gone, before too few are left to replace any.
+
+        Every entry does that by the way. A network that stands idle writes none, so a
+        new claim is made, with everything where it is; `patient`: if they stay away.
+        """
+        desk = self._desk
+        lost = desk.lost_keeper
+        if not lost or self.phase is not Phase.READY:
+            return
+        if patient:
+            if self._keepers_at is None:
+                self._keepers_at = desk.now + KEEPER_GONE_S
+        elif self._training.feeding:
+            self._training.cut_soon()
+        elif self._move is None:
+            reason = f"keeper {short(lost)} of the log is gone"
+            self._move = Move(m.Purpose.MOVE, reason, dict(desk.placement), cutting=True)
+            self._training.last_cut()
+            self._move_on()
 
     def _member_came(self, peer_id: str) -> None:
         desk = self._desk
@@ -740,75 +714,41 @@ class Conductor:
 
     # What is asked for
 
-    def _asked_for(self, event: _Asked) -> None:
-        desk = self._desk
-        match event:
-            case m.CutAsked():
-                self._cut_asks[event.ask] = desk.now + ASK_S
-            case m.HostLeaves():
-                desk.hosts.leaves(event.peer_id)
-                self._leaves[event.ask] = event.peer_id
-            case m.Resign():
-                self._resigns[event.ask] = None
-            case m.CancelAsked():
-                if self._closing is not None:
-                    desk.answer(event.ask, BUSY, "it is being cancelled already")
-                    return
-                self._closing = (event.ask, event.cancellation)
-                self._write()
-                return
-        if self.phase is Phase.READY:
+    def _asked_for(self, event: Ask) -> None:
+        self._asks.take(event)
+        if isinstance(event, m.CancelAsked):
+            self._write()
+        elif self.phase is Phase.READY:
             self._serve_asks()
-        elif self._resigns and self.phase is not Phase.CLAIMING:
+        elif self._asks.resigns and self.phase is not Phase.CLAIMING:
             self._resign()  # whoever comes next finds the log as it is
 
     def _serve_asks(self) -> None:
         """Does what was asked for, as far as it can be done now."""
-        for ask in list(self._cut_asks):
-            self._serve_cut(ask)
-        hosts = {*self.placement.values()}
-        for ask in [ask for ask, peer in self._leaves.items() if peer not in hosts]:
-            del self._leaves[ask]
-            self._desk.answer(ask)
-        if self._leaves and (self._move is None or self._move.purpose is not m.Purpose.MOVE):
-            leaving = next(iter(self._leaves.values()))
+        self._asks.serve_cuts(self._training)
+        leaving = self._asks.serve_leaves()
+        if self._asks.leaves and not leaving:  # it only keeps the log
+            self._look_after_keepers(patient=False)
+            return
+        if leaving and (self._move is None or self._move.purpose is not m.Purpose.MOVE):
             self._start_move(m.Purpose.MOVE, f"peer {short(leaving)} is leaving")
-        if self._resigns and not self._leaves and self._move is None:
+        if self._asks.resigns and not leaving and self._move is None:
             self._training.last_cut()
-            if self._resigns and not self._training.undecided_work:
+            if self._asks.resigns and not self._training.undecided_work:
                 self._resign()
 
-    def _serve_cut(self, ask: int) -> None:
-        training, committed = self._training, self.history.commit is not None
-        if training.feeding and not committed:
-            del self._cut_asks[ask]
-            self._desk.answer(
-                ask,
-                BUSY,
-                f"{self.graph.name} has no cut yet: ask again when it has trained for "
-                f"{self.graph.cut_every} steps",
-            )
-        elif committed and (training.feeding or not training.undecided_work):
-            del self._cut_asks[ask]
-            self._desk.answer(ask)
-        else:
-            training.cut_now()
-
     def _resign(self) -> None:
-        asks, self._resigns = list(self._resigns), {}
-        for ask in asks:
-            self._desk.answer(ask)
+        self._asks.resigned()
         self._over(DRAINING, "its orchestrator has handed it over")
 
-    def _close(self, ask: int, cancellation: common_pb2.Signed) -> None:
+    def _close(self, cancellation: common_pb2.Signed) -> None:
         """Ends the log with the owner's cancellation."""
         desk = self._desk
         entry = new_closing(desk.history, desk.key, cancellation)
         try:
             check_entry(entry, desk.history)
         except RemoteError as error:
-            self._closing = None
-            desk.answer(ask, common_pb2.REFUSAL_CODE_NOT_GRANTED, str(error))
+            self._asks.closed(common_pb2.REFUSAL_CODE_NOT_GRANTED, str(error))
             self._write()
             return
         self._append(_Entry.CLOSING, entry)
@@ -822,9 +762,7 @@ class Conductor:
     def _closed(self) -> None:
         closing = self.history.closing
         assert closing is not None
-        if self._closing is not None:
-            self._desk.answer(self._closing[0])
-            self._closing = None
+        self._asks.closed()
         why = f": {closing.reason}" if closing.reason else ""
         self._over(CLOSED, f"its owner has closed {self.graph.name}{why}")
 
@@ -838,11 +776,7 @@ class Conductor:
         self._asked.clear()
         self._appending = self._sent = None
         self._training.end(STALE if code == DRAINING else code, reason)
-        for ask in [*self._cut_asks, *self._leaves, *self._resigns]:
-            desk.answer(ask, code, reason)
-        if self._closing is not None:
-            desk.answer(self._closing[0], code, reason)
-        self._cut_asks, self._leaves, self._resigns, self._closing = {}, {}, {}, None
+        self._asks.refuse_all(code, reason)
         desk.out.append(m.Withdraw())
         if code == CLOSED:
             desk.out += [m.Release(host, self.history.epoch) for host in by_host(self.placement)]

@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 from p2pnet.core import Tick
 from p2pnet.errors import P2PNetError, RefusedError
 from p2pnet.keys import short
+from p2pnet.log.entry import HOLDERS_MAX
 from p2pnet.log.shell import Log
 from p2pnet.orchestrator import messages as m
 from p2pnet.orchestrator.conductor import Conductor, Phase
@@ -273,7 +274,8 @@ class ConductedNetwork:
         at = sum(effect.host.encode()) % max(1, len(others))
         turned = others[at:] + others[:at]
         first = dict.fromkeys(effect.first)
-        return sorted(turned, key=lambda peer: peer not in first)[: max(copies, len(first))]
+        wanted = min(max(copies, len(first)), HOLDERS_MAX - 1)
+        return sorted(turned, key=lambda peer: peer not in first)[:wanted]
 
     async def _retain(self, effect: m.Retain) -> None:
         request = vnode_pb2.RetainRequest(

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from p2pnet.log.entry import HOLDERS_MAX
 from p2pnet.orchestrator.hosts import by_host
 from p2pnet.orchestrator.ledger import Decide
 from p2pnet.orchestrator.messages import Stored
 from p2pnet.v1 import common_pb2
+
+DIGEST_BYTES = 32
 
 States = Mapping[str, common_pb2.BlobRef]
 
@@ -66,7 +69,8 @@ class Cuts:
     def take(self, event: Stored) -> StoredCut | None:
         """A host has stored its part; the cut, if that was the last.
 
-        Raises ValueError: it has stored something else than it was asked for.
+        Raises ValueError: it says that it has stored what it was not asked for, or what
+        no commit can name.
         """
         cut = self._storing
         if cut is None or (event.epoch, event.step) != (cut.epoch, cut.step):
@@ -76,6 +80,9 @@ class Cuts:
             return None
         if tuple(sorted(event.states)) != wanted:
             raise ValueError("it stored other VNodes than it was asked to")
+        for ref in event.states.values():
+            if len(ref.digest) != DIGEST_BYTES or len(ref.holders) > HOLDERS_MAX:
+                raise ValueError("it names a state that cannot be")
         del cut.waiting[event.host]
         cut.states.update(event.states)
         if cut.waiting:

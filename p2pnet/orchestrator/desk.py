@@ -67,7 +67,17 @@ class Desk:
         if self.state_url:
             return ()
         history = self.history
-        return choose_keepers(history.network_id, history.keepers, list(self.alive))
+        staying = [peer for peer in self.alive if not self.hosts.is_leaving(peer)]
+        return choose_keepers(history.network_id, history.keepers, staying or [self.key.peer_id])
+
+    @property
+    def lost_keeper(self) -> str:
+        """A keeper that is gone or goes, and can be replaced; "" if there is none."""
+        keepers = self.history.keepers
+        if not keepers or self.next_keepers == keepers:
+            return ""
+        staying = self.next_keepers
+        return next((peer for peer in keepers if peer not in staying), "")
 
     def locations(self) -> list[pnode_pb2.Location]:
         """Where every VNode lives."""

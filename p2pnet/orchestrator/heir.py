@@ -158,8 +158,8 @@ class Heir:
 
     async def _take(self, effect: TakeOver) -> None:
         sighting = self._seen.get(effect.network_id)
-        if sighting is None or self._holds(effect.network_id):
-            return
+        if sighting is None or sighting.epoch != effect.epoch or self._holds(effect.network_id):
+            return  # somebody has claimed it in this very moment
         try:
             await self._take_over(sighting, effect.reason)
         except RemoteError as error:

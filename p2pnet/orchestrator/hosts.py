@@ -21,6 +21,10 @@ class HostBook:
         """The peer is about to go: nothing is placed there any more."""
         self._leaving[peer_id] = None
 
+    def is_leaving(self, peer_id: str) -> bool:
+        """Whether the peer has said that it goes."""
+        return peer_id in self._leaving
+
     def came(self, peer_id: str) -> None:
         """The peer is there (again)."""
         self._leaving.pop(peer_id, None)

@@ -57,27 +57,56 @@ def place(
     current: Mapping[str, str] | None = None,
     exclude: Collection[str] = (),
     replicas: Mapping[str, int] | None = None,
+    hosts_max: int = 0,
 ) -> Placement:
     """Assigns every VNode of a network to a host.
 
     `current` says where VNodes live now; who is in no host's list, or in
     `exclude` (peer ids), has to move. `replicas` says how many hosts a VNode is to have
     beside its own; they are in other IP groups where there is room. Ties go to hosts of
-    different IP groups first, then by hash.
+    different IP groups first, then by hash. `hosts_max`: on so many hosts at most,
+    replicas aside; 0: on any number.
 
     Raises:
         SwarmTooSmallError: names the VNode, what it needs, what there is, how much memory is
             missing, and how many peers.
     """
+    free = _place(graph, hosts, batch_size, current or {}, exclude, replicas or {})
+    if not 0 < hosts_max < len({*free.assignments.values()}):
+        return free
+    counts: dict[str, int] = {}
+    for peer_id in (current or {}).values():
+        counts[peer_id] = counts.get(peer_id, 0) + 1
+    able = sorted(
+        (host for host in hosts if host.peer_id not in exclude and host.trust > 0),
+        key=lambda host: (-counts.get(host.peer_id, 0), -speed_of(host), host.peer_id),
+    )
+    try:
+        few = able[:hosts_max]
+        return _place(graph, few, batch_size, current or {}, exclude, replicas or {})
+    except SwarmTooSmallError:
+        able.sort(key=lambda host: (-host.memory_free_bytes, host.peer_id))
+        few = able[:hosts_max]
+        return _place(graph, few, batch_size, current or {}, exclude, replicas or {})
+
+
+def _place(
+    graph: CompiledGraph,
+    hosts: Sequence[HostView],
+    batch_size: int,
+    current: Mapping[str, str],
+    exclude: Collection[str],
+    replicas: Mapping[str, int],
+) -> Placement:
     barred = frozenset(exclude)
     usable = [host for host in hosts if host.peer_id not in barred and host.trust > 0]
     usable.sort(key=lambda host: host.peer_id)
-    ground = Ground(graph, usable, batch_size, replicas or {})
-    plan = Greedy(ground, current or {})
+    ground = Ground(graph, usable, batch_size, replicas)
+    plan = Greedy(ground, current)
     if not plan.place_all(ground.units):
         # What is large first: what is small fits between.
         by_need = sorted(ground.units, key=lambda unit: -unit.work.memory_bytes)
-        plan = Greedy(ground, current or {})
+        plan = Greedy(ground, current)
         if not plan.place_all(by_need):
             raise plan.too_small()
     if not current and ground.distances.matter and len(ground.units) * len(usable) <= _SMALL:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from p2pnet.errors import RemoteError, UsageError
 from p2pnet.orchestrator.messages import MakePlan, Planned, Purpose
 from p2pnet.orchestrator.placement import HostView, place
+from p2pnet.orchestrator.plan import host_view
 from p2pnet.orchestrator.rebalance import Rebalancer
-from p2pnet.swarm import MemberView, Swarm
+from p2pnet.swarm import Swarm
 from p2pnet.v1 import pnode_pb2
 from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.network import BATCH_SAMPLES
@@ -23,9 +24,10 @@ PROBE_TIMEOUT_S = 1.5
 class Planner:
     """Plans for one network. Lives on the gRPC thread; what takes long goes to another."""
 
-    def __init__(self, swarm: Swarm, graph: CompiledGraph) -> None:
+    def __init__(self, swarm: Swarm, graph: CompiledGraph, *, hosts_max: int = 0) -> None:
         self._swarm = swarm
         self._graph = graph
+        self._hosts_max = hosts_max
         self._rebalancer = Rebalancer(graph, batch_size=BATCH_SAMPLES)
 
     async def plan(self, request: MakePlan) -> Planned:
@@ -50,8 +52,16 @@ class Planner:
     ) -> tuple[dict[str, str] | None, str]:
         if request.purpose is Purpose.IMPROVE:
             move = self._rebalancer.improve(hosts, request.current, self._swarm.now())
-            return (None, "") if move is None else (dict(move.placement), move.reason)
-        placed = place(self._graph, hosts, batch_size=BATCH_SAMPLES, current=request.current)
+            if move is None or 0 < self._hosts_max < len({*move.placement.values()}):
+                return None, ""
+            return dict(move.placement), move.reason
+        placed = place(
+            self._graph,
+            hosts,
+            batch_size=BATCH_SAMPLES,
+            current=request.current,
+            hosts_max=self._hosts_max,
+        )
         return dict(placed.assignments), ""
 
     async def _answers(self, peer_id: str) -> bool:
@@ -66,17 +76,3 @@ class Planner:
         except RemoteError:
             return False
         return True
-
-
-def host_view(member: MemberView) -> HostView:
-    """A member as placement sees it."""
-    return HostView(
-        peer_id=member.peer_id,
-        cpus=member.cpus,
-        memory_free_bytes=member.memory_bytes - member.memory_used_bytes,
-        gflops=member.gflops,
-        vnodes=member.vnodes,
-        ip_group=member.ip_group,
-        trust=member.trust,
-        coordinate=member.coordinate,
-    )

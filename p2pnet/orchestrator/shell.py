@@ -18,15 +18,16 @@ from p2pnet.dht.service import Serves, anything
 from p2pnet.errors import P2PNetError, RefusedError
 from p2pnet.keys import sha256, short
 from p2pnet.log.history import History
-from p2pnet.log.shell import open_log
+from p2pnet.log.shell import Log, open_log
 from p2pnet.net.handlers import Caller, Method, bidi, unary
 from p2pnet.orchestrator import messages as m
-from p2pnet.orchestrator.conductor import LEASE_S, Conductor
+from p2pnet.orchestrator.conductor import Conductor
 from p2pnet.orchestrator.conductor_shell import ConductedNetwork
 from p2pnet.orchestrator.heir import Heir
 from p2pnet.orchestrator.planner import Planner
 from p2pnet.orchestrator.publish import Publisher
 from p2pnet.orchestrator.sightings import Sighting, of_manifest
+from p2pnet.orchestrator.watching import LEASE_S
 from p2pnet.swarm import Swarm
 from p2pnet.tasks import TaskSet
 from p2pnet.v1 import common_pb2, log_pb2, records_pb2
@@ -67,6 +68,7 @@ class Orchestrator:
         self._state_url = state_url
         self._serves = serves
         self._networks: dict[str, ConductedNetwork] = {}
+        self._logs: dict[str, Log] = {}  # that are being read for a takeover
         self._former: dict[str, m.Over] = {}
         self._draining = False
         self._tasks = TaskSet("the orchestrator role")
@@ -98,6 +100,7 @@ class Orchestrator:
         """Stops looking after every network."""
         await self._heir.close()
         await self._tasks.close()
+        await asyncio.gather(*(log.close() for log in self._logs.values()))
         await asyncio.gather(*(network.stop() for network in list(self._networks.values())))
 
     async def resign(self) -> list[str]:
@@ -144,6 +147,8 @@ class Orchestrator:
                     "the graph is not the one that the manifest names",
                     code=common_pb2.REFUSAL_CODE_BAD_REQUEST,
                 )
+            network = self._networks.get(network_id)  # it may have come again meanwhile
+        if network is None:
             history = History(network_id)
             network = self._conduct(request.manifest, manifest, graph, history, (), request.states)
             network.feed(m.Begin("submitted"))
@@ -163,7 +168,7 @@ class Orchestrator:
     async def _take_over(
         self, sighting: Sighting, reason: str, handed_by: str = ""
     ) -> ConductedNetwork:
-        """Reads the log, checks the grant, and begins to claim.
+        """Reads the log, checks the grant, and begins to claim, unless somebody has since.
 
         `handed_by`: who wants to hand it over; the log has to say that it is his.
 
@@ -174,12 +179,7 @@ class Orchestrator:
         if (network := self._networks.get(network_id)) is not None:
             return network
         self._may(network_id, sighting.charter)
-        log = open_log(self._swarm, network_id, sighting.manifest, keepers=sighting.keepers)
-        try:
-            history = History(network_id)
-            history.extend(await log.read(1))
-        finally:
-            await log.close()
+        history = await self._read(sighting)
         if handed_by and history.orchestrator != handed_by:
             raise RefusedError("another orchestrator has that network", code=UNKNOWN)
         if history.genesis is None:
@@ -190,9 +190,23 @@ class Orchestrator:
         network = self._conduct(
             sighting.manifest, sighting.charter, graph, history, history.keepers, {}
         )
-        self._swarm.emit("taking over", network=graph.name, reason=reason, epoch=history.epoch)
         network.feed(m.Begin(reason, history.epoch if handed_by else sighting.epoch))
         return network
+
+    async def _read(self, sighting: Sighting) -> History:
+        """A network's log, read on from where the last try stopped: it may be long."""
+        network_id = sighting.network_id
+        log = self._logs.get(network_id)
+        if log is None:
+            log = open_log(self._swarm, network_id, sighting.manifest, keepers=sighting.keepers)
+            self._logs[network_id] = log
+        history = History(network_id)
+        history.extend(await log.read(1))
+        # Who goes on opens it anew, and it is kept no longer than it is needed.
+        if self._logs.get(network_id) is log:
+            del self._logs[network_id]
+        await log.close()
+        return history
 
     def _may(self, network_id: str, charter: records_pb2.Manifest) -> None:
         """Raises RefusedError where this node is not to orchestrate a network."""
@@ -222,6 +236,7 @@ class Orchestrator:
         states: Mapping[str, common_pb2.BlobRef],
     ) -> ConductedNetwork:
         network_id = history.network_id
+        assert network_id not in self._networks
         self._may(network_id, charter)
         url = charter.state_url
         network = ConductedNetwork(
@@ -229,7 +244,7 @@ class Orchestrator:
             Conductor(self._swarm.keypair, history, signed, graph, state_url=url, states=states),
             open_log(self._swarm, network_id, signed, keepers=keepers),
             Publisher(self._swarm, network_id, graph.name, signed, url, LEASE_S),
-            Planner(self._swarm, graph),
+            Planner(self._swarm, graph, hosts_max=charter.limits.hosts_max),
             self._over,
         )
         self._networks[network_id] = network

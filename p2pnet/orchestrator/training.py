@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from p2pnet.core import Tick
-from p2pnet.log.history import new_commit
+from p2pnet.errors import RemoteError
+from p2pnet.log.history import check_entry, new_commit
 from p2pnet.orchestrator import messages as m
 from p2pnet.orchestrator.cuts import Cuts
 from p2pnet.orchestrator.desk import REASON_CHARS_MAX, Desk
@@ -129,8 +130,9 @@ class Training:
             self._feeder_may_begin()
 
     def interrupt(self, reason: str) -> None:
-        """The epoch ends; what is stored may still be committed."""
+        """The epoch ends; what is stored may still be committed, before the next claim."""
         self._cuts.forget_storing()
+        self._retry_at = None
         recovering = orchestrator_pb2.Recovering(reason=reason)
         self._desk.out += self.feeder.tell(TrainEvent(recovering=recovering))
 
@@ -144,6 +146,10 @@ class Training:
         self._going_to = going_to
         self._feed(CutWanted(last=True))
 
+    def cut_soon(self) -> None:
+        """A cut as soon as there is something to store, and steps go on."""
+        self._feed(CutWanted())
+
     def cut_now(self) -> None:
         """A cut of the present state, where none is under way."""
         if self._cuts.busy:
@@ -154,7 +160,7 @@ class Training:
             self._begin_cut(self._ledger.decided, None)
 
     def commit_entry(self) -> common_pb2.Signed | None:
-        """What is to be written into the log, if anything is."""
+        """What is to be written into the log, if anything is; it would count."""
         desk, cut = self._desk, self._cuts.stored
         if cut is None or self._retry_at is not None:
             return None
@@ -163,7 +169,7 @@ class Training:
             self._cuts.forget_stored()
             return None
         result = cut.result
-        return new_commit(
+        entry = new_commit(
             desk.history,
             desk.key,
             cut.step,
@@ -171,6 +177,13 @@ class Training:
             result=None if result is None else (result.loss, result.correct, result.samples),
             keepers=desk.next_keepers,
         )
+        try:
+            check_entry(entry, desk.history)
+        except RemoteError as error:  # the log has it already, or can never have it
+            desk.note("cut_dropped", step=cut.step, reason=str(error))
+            self._cuts.forget_stored()
+            return None
+        return entry
 
     def committed(self, before: Mapping[str, common_pb2.BlobRef]) -> None:
         """The log has a new commit of ours, in the place of one with the states `before`."""
@@ -273,6 +286,7 @@ class Training:
         try:
             cut = self._cuts.take(event)
         except ValueError as error:
+            self._desk.hosts.shun(event.host, self._desk.now)
             self._not_stored(m.NotStored(event.host, event.epoch, event.step, str(error)))
             return
         if cut is not None:

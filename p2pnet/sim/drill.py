@@ -5,9 +5,11 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Mapping
 
+from p2pnet import keys
 from p2pnet.sim.conductor_run import ConductorRun
 from p2pnet.sim.orchestra import Job, Node, Orchestra
 from p2pnet.sim.report import Report, quantile
+from p2pnet.v1 import common_pb2
 
 _LOOK_S = 0.2
 _NOTED = ("epoch", "slot", "step", "reason", "vnode", "host")
@@ -19,7 +21,7 @@ class Drill:
     Attributes:
         relocation_s: from the death of a host to the next step that is decided without it,
             once for each VNode that it had; `takeover_s`: from the death of an orchestrator
-            to the next claim by another; `log`: what happened, for people.
+            (or from when its claim is known) to another's claim; `log`: what happened, for people.
     """
 
     def __init__(self, orchestra: Orchestra) -> None:
@@ -31,7 +33,9 @@ class Drill:
         self.log: list[tuple[float, str]] = []
         self._homeless: dict[tuple[str, str], tuple[float, str]] = {}  # since when, of whom
         self._headless: dict[str, tuple[float, str]] = {}
+        self._known: dict[str, None] = {}  # networks whose claim anybody else knows
         orchestra.note_watchers.append(self._noted)
+        orchestra.decided_watchers.append(self._decided)
 
     def say(self, what: str) -> None:
         """Something for the log."""
@@ -63,6 +67,13 @@ class Drill:
         for at in [at for at in self._homeless if at[0] == job.network_id]:
             del self._homeless[at]
         self._headless.pop(job.network_id, None)
+
+    def _decided(self, network_id: str, who: str, entry: common_pb2.Signed) -> None:
+        # A claim that nobody has heard of has no successor: it counts from when they do.
+        if network_id not in self._known and keys.peer_id_of(entry.public_key) != who:
+            self._known[network_id] = None
+            if network_id in self._headless:
+                self._headless[network_id] = self.world.now, self._headless[network_id][1]
 
     def _noted(self, run: ConductorRun, event: str, fields: Mapping[str, object]) -> None:
         now, network_id = self.world.now, run.core.network_id

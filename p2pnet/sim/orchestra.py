@@ -152,6 +152,7 @@ class Orchestra(Witness):
         self.hints = Hints(world)
         self.jobs: dict[str, Job] = {}
         self.note_watchers: list[Callable[[ConductorRun, str, Mapping[str, object]], None]] = []
+        self.decided_watchers: list[Callable[[str, str, common_pb2.Signed], None]] = []
         self._replays = replays
         machines = [world.machine(clock=clock(number)) for number in range(nodes)]
         self.oracle: Oracle | None = None
@@ -252,6 +253,8 @@ class Orchestra(Witness):
     def decided(self, network_id: str, who: str, entry: common_pb2.Signed) -> None:
         """See `Witness`."""
         self.jobs[network_id].recording.note(checker.Decided(who, entry))
+        for watcher in self.decided_watchers:
+            watcher(network_id, who, entry)
 
     def acknowledged(self, network_id: str, who: str, entry: common_pb2.Signed) -> None:
         """See `Witness`."""

@@ -180,12 +180,11 @@ class OrchestratorNode(Driver[su.Event, su.Effect]):
         return 0 if run is None else max(run.core.epoch, run.core.history.epoch, 1)
 
     def _look(self) -> None:
-        for history in self._kept().values():
+        for history in (*self._kept().values(), *(log.history for log in self.logs.values())):
+            known = self._seen.get(history.network_id)
+            if known is not None and known.epoch == history.epoch and not history.closing:
+                continue  # what it says is known
             sighting = sightings.of_history(history)
-            if sighting is not None:
-                self._saw(sighting)
-        for log in self.logs.values():
-            sighting = sightings.of_history(log.history)
             if sighting is not None:
                 self._saw(sighting)
         self._hand(su.Alive(tuple(self.view.alive())))

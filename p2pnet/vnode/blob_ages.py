@@ -59,6 +59,17 @@ class BlobAges:
             del self._blobs[digest]
         return gone
 
+    def release(self, network_id: str, digest: bytes) -> bool:
+        """A network wants a blob no longer that no commit of it names; whether it may go now."""
+        blob = self._blobs.get(digest)
+        if blob is None or blob.networks.get(network_id) is not False:
+            return False
+        del blob.networks[network_id]
+        if blob.networks:
+            return False
+        del self._blobs[digest]
+        return True
+
     def oldest_unnamed(self, now: float) -> bytes | None:
         """What goes first where there is no room, and is forgotten here; None: all is of use."""
         unnamed = [

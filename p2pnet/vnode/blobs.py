@@ -145,6 +145,27 @@ class BlobKeeper:
             return data
         raise UnreachableError(f"none of the {len(ref.holders)} peers that held a state has it")
 
+    async def prefetch(
+        self, refs: Sequence[common_pb2.BlobRef], network_id: str
+    ) -> tuple[bytes, ...]:
+        """Fetches states that may soon be wanted; the digests of those that were not here.
+
+        Raises:
+            UnreachableError: nobody has one of them.
+        """
+        new = []
+        for ref in refs:
+            if not await asyncio.to_thread(self._store.has, ref.digest.hex()):
+                new.append(ref.digest)
+            await self.fetch(ref, network_id, "")
+        return tuple(new)
+
+    async def release(self, digests: Sequence[bytes], network_id: str) -> None:
+        """Drops states that were fetched ahead for a network, which has not come."""
+        for digest in digests:
+            if self._ages.release(network_id, digest):
+                await asyncio.to_thread(self._store.drop, digest.hex())
+
     async def _keep(self, network_id: str, data: bytes, digest: bytes) -> None:
         """Stores a blob of that digest, if need be in the place of what no commit names."""
         while True:

@@ -115,7 +115,14 @@ class Courier:
             ours = allocation.claimant == net.claimant or epoch != net.epoch
             if allocation.epoch == epoch and ours:
                 logger.debug("%s lives on %s, says the DHT", vnode, short(allocation.host))
-                self._swarm.emit("located", vnode=vnode, host=allocation.host)
+                self._swarm.emit(
+                    "located",
+                    network=net.graph.name,
+                    network_id=net.network_id,
+                    epoch=epoch,
+                    vnode=vnode,
+                    host=allocation.host,
+                )
                 if epoch == net.epoch:
                     net.locations[vnode] = allocation.host
                 return str(allocation.host), epoch

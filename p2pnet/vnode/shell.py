@@ -17,12 +17,13 @@ from p2pnet.dht.manifest import open_manifest
 from p2pnet.dht.service import Serves, anything
 from p2pnet.errors import P2PNetError, RefusedError
 from p2pnet.keys import ACCEPTANCE
+from p2pnet.log.entry import HOLDERS_MAX
 from p2pnet.net.handlers import Caller, Method, unary
 from p2pnet.swarm import Swarm
 from p2pnet.tasks import TaskSet
 from p2pnet.v1 import common_pb2, pnode_pb2, records_pb2, vnode_pb2
 from p2pnet.vnode.admission import Limits
-from p2pnet.vnode.blobs import BlobKeeper
+from p2pnet.vnode.blobs import BLOB_BYTES_MAX, BlobKeeper
 from p2pnet.vnode.executor import ComputeThread
 from p2pnet.vnode.faults import Faults
 from p2pnet.vnode.hosting import Hosting, Usage
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WARM_AFTER_S = 1.0
+READY_KEPT_S = 300.0  # states that were fetched for VNodes which may come
 READYING_MAX = 4  # callers at once for whom states are fetched
 
 
@@ -210,16 +212,20 @@ class Host:
     async def _ready(self, request: pnode_pb2.ReadyRequest, caller: Caller) -> pnode_pb2.ReadyReply:
         """Fetches states into this host's store, and lets torch load."""
         no = await self._hosted.ready(request, caller.peer_id)
+        if no is None and not _are_blobs(request.states):
+            no = refusal(common_pb2.REFUSAL_CODE_BAD_REQUEST, "a state that cannot be is named")
         if no is None and self._readying >= READYING_MAX:
             no = refusal(common_pb2.REFUSAL_CODE_BUSY, "this peer gets ready for others already")
         if no is not None:
             return pnode_pb2.ReadyReply(refusal=no)
         state_url = open_manifest(request.manifest).state_url
         self._readying += 1
+        refs = [request.states[vnode] for vnode in request.vnodes if vnode in request.states]
         try:
-            for vnode in request.vnodes:
-                if vnode in request.states and not state_url:
-                    await self._blobs.fetch(request.states[vnode], request.network_id, "")
+            if not state_url:  # what all can reach need not be brought here
+                fetched = await self._blobs.prefetch(refs, request.network_id)
+                if fetched:
+                    self._tasks.spawn(self._release(request.network_id, fetched))
             await self._compute.warm()
         except P2PNetError as error:
             detail = f"this peer could not get ready: {error}"
@@ -316,6 +322,12 @@ class Host:
 
     # Small things
 
+    async def _release(self, network_id: str, fetched: tuple[bytes, ...]) -> None:
+        """Lets states go that were fetched for a network which has not come."""
+        await asyncio.sleep(READY_KEPT_S)
+        if not self._hosted.rows(network_id):
+            await self._blobs.release(fetched, network_id)
+
     async def _provide(self, key: bytes) -> None:
         try:
             await self._swarm.provide(key)
@@ -353,3 +365,12 @@ class Host:
                 forward=self._deliver_forward,
             )
         return self._engine
+
+
+def _are_blobs(states: Mapping[str, common_pb2.BlobRef]) -> bool:
+    return all(
+        len(ref.digest) == 32
+        and ref.size_bytes <= BLOB_BYTES_MAX
+        and len(ref.holders) <= HOLDERS_MAX
+        for ref in states.values()
+    )

@@ -54,6 +54,8 @@ KNOWN_MAX = 1024  # hosted now or once; of others the log tells again
 VNODES_MAX = 10_000
 READS_MAX = 32  # of logs, at once
 WAITING_MAX = 16  # for one read
+QUIET_S = 3.0  # without a heartbeat, until a host asks the log whether it has been replaced
+LOOK_AGAIN_S = 10.0
 ORPHANED_S = 600.0  # how long after its lease a VNode is kept for an orchestrator to come back
 
 
@@ -71,7 +73,9 @@ class _Network:
     lease_until: float = 0.0
     claim: common_pb2.Signed | None = None  # the newest, unless it was read before a restart
     placement: Mapping[str, str] = field(default_factory=dict)  # as that claim says
-    reading: list[_Waiting] = field(default_factory=list)  # for the read under way
+    look_at: float = 0.0  # when the log is asked whether the tenant still is one
+    is_read: bool = False  # whether a read is under way
+    reading: list[_Waiting] = field(default_factory=list)  # who waits for it
     queued: list[_Waiting] = field(default_factory=list)  # came after it began
 
 
@@ -104,12 +108,21 @@ class Tenancy:
                 self._draining = True
                 return []
             case Tick():
-                return self._orphans(now)
+                return self._tick(now)
 
     def deadline(self) -> float | None:
-        """When the first VNode is given up whose orchestrator is not heard of."""
-        ends = [net.lease_until for net in self._networks.values() if net.tenant]
-        return min(ends) + ORPHANED_S if ends else None
+        """When an orchestrator has not been heard of for so long that the log is asked, or no more.
+
+        Who was stopped for a while learns so that he has been replaced.
+        """
+        return min(
+            (
+                net.lease_until + ORPHANED_S if net.is_read else net.look_at
+                for net in self._networks.values()
+                if net.tenant is not None
+            ),
+            default=None,
+        )
 
     def check(self) -> None:
         """Raises AssertionError if an invariant does not hold."""
@@ -118,7 +131,7 @@ class Tenancy:
         assert sum(tenant.size_bytes for tenant in tenants) <= self._limits.memory_bytes
         for network_id, net in self._networks.items():
             assert net.standing.network_id == network_id
-            assert net.reading or not net.queued
+            assert net.is_read or not (net.reading or net.queued)
             assert net.spent <= net.standing.epoch
             if net.tenant is not None:
                 assert net.kept is not None
@@ -256,6 +269,7 @@ class Tenancy:
             return self._ask_log(event, offer.network_id, offer.manifest, final)
         if net.tenant is not None:  # said twice: an answer was lost
             net.lease_until = max(net.lease_until, now + request.lease_s)
+            net.look_at = now + QUIET_S
             return [Reply(event.ask)]
         net.tenant = Tenant(
             network_id=offer.network_id,
@@ -268,6 +282,7 @@ class Tenancy:
         )
         net.manifest = offer.manifest
         net.lease_until = now + request.lease_s
+        net.look_at = now + QUIET_S
         return [*self._keep(net), Begin(net.tenant, offer, request), Reply(event.ask)]
 
     def _outdone(self, net: _Network, offer: Offer) -> common_pb2.Refusal | None:
@@ -334,6 +349,7 @@ class Tenancy:
             no = refusal(common_pb2.REFUSAL_CODE_NOT_IN_SERVICE, why)
             return [*self._end(net), Reply(event.ask, no)]
         net.lease_until = max(net.lease_until, now + min(request.lease_s, LEASE_S_MAX))
+        net.look_at = now + QUIET_S
         return [Reply(event.ask)]
 
     def _drop(self, event: DropAsked, final: bool) -> list[Effect]:
@@ -375,39 +391,43 @@ class Tenancy:
             return [Reply(event.ask, _unknown(net.standing, epoch))]
         if net is None:
             net = self._networks[network_id] = _Network(Standing(network_id))
-        reads = sum(1 for it in self._networks.values() if it.reading)
         if len(net.reading) + len(net.queued) >= WAITING_MAX or (
-            not net.reading and reads >= READS_MAX
+            not net.is_read and self._reads() >= READS_MAX
         ):
             self._forget()
             busy = "too many ask this peer to read logs: try again in a moment"
             return [Reply(event.ask, refusal(common_pb2.REFUSAL_CODE_BUSY, busy))]
-        if net.reading:
+        if net.is_read:
             net.queued.append(event)
             return []
         net.reading.append(event)
         if net.manifest is None:
             net.manifest = manifest
-        return [self._read_for(net, event)]
+        return [self._read_for(net, None if isinstance(event, DropAsked) else _claim_of(event))]
 
-    def _read_for(self, net: _Network, event: _Waiting) -> ReadLog:
+    def _reads(self) -> int:
+        return sum(1 for net in self._networks.values() if net.is_read)
+
+    def _read_for(self, net: _Network, claim: common_pb2.Signed | None) -> ReadLog:
         assert net.manifest is not None
+        net.is_read = True
         standing = net.standing
         return ReadLog(
             standing.network_id,
             net.manifest,
             standing.slot + 1,
             standing.keepers if standing.slot else _first_keepers(net.manifest),
-            None if isinstance(event, DropAsked) else _claim_of(event),
+            claim,
         )
 
     def _read(
         self, network_id: str, entries: tuple[common_pb2.Signed, ...], silent: str, now: float
     ) -> list[Effect]:
         net = self._networks.get(network_id)
-        if net is None or not net.reading or net.manifest is None:
+        if net is None or not net.is_read or net.manifest is None:
             return []
-        asked, net.reading = net.reading, []
+        asked, net.reading, net.is_read = net.reading, [], False
+        net.look_at = max(net.look_at, now + LOOK_AGAIN_S)
         effects: list[Effect] = []
         if not silent:
             try:
@@ -473,11 +493,17 @@ class Tenancy:
             net.spent = tenant.epoch
         return [End(tenant.network_id, tuple(gone))] if gone else []
 
-    def _orphans(self, now: float) -> list[Effect]:
+    def _tick(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
         for net in self._networks.values():
-            if net.tenant is not None and now >= net.lease_until + ORPHANED_S:
+            if net.tenant is None:
+                continue
+            if now >= net.lease_until + ORPHANED_S:
                 effects += self._end(net)
+            elif now >= net.look_at and not net.is_read:
+                net.look_at = now + LOOK_AGAIN_S
+                if self._reads() < READS_MAX:
+                    effects.append(self._read_for(net, None))
         return effects
 
     def _forget(self) -> list[Effect]:
@@ -485,7 +511,7 @@ class Tenancy:
         idle = [
             network_id
             for network_id, net in self._networks.items()
-            if net.tenant is None and not net.reading
+            if net.tenant is None and not net.is_read
         ]
         known = [network_id for network_id in idle if self._networks[network_id].kept]
         over = known[: max(0, len(known) - KNOWN_MAX)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -61,6 +62,7 @@ class TenancyShell:
         self._batches: asyncio.Queue[Sequence[Effect]] = asyncio.Queue()
         self._worker: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._tick_at = math.inf
         self._tasks = TaskSet("the table of hosted networks")
 
     async def close(self) -> None:
@@ -89,12 +91,15 @@ class TenancyShell:
             if self._worker is None:
                 self._worker = self._tasks.spawn(self._work())
         deadline = self.core.deadline()
-        if deadline is not None and self._timer is None:
+        if deadline is not None and deadline < self._tick_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._tick_at = deadline
             delay_s = max(0.0, deadline - self._swarm.now())
             self._timer = asyncio.get_running_loop().call_later(delay_s, self._tick)
 
     def _tick(self) -> None:
-        self._timer = None
+        self._timer, self._tick_at = None, math.inf
         self.tell(Tick())
 
     async def _work(self) -> None:

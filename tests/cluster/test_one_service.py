@@ -104,7 +104,8 @@ def version(node: Node) -> int:
 
 def vnodes(node: Node) -> int:
     """How many it hosts, as it tells the others."""
-    return next(row["vnodes"] for row in node.client.members() if row["peer_id"] == node.peer_id)
+    rows = {row["peer_id"]: row for row in node.client.members()}
+    return int(rows[node.peer_id]["vnodes"])
 
 
 def test_who_serves_what_is_said_at_the_start(club: Club) -> None:

@@ -70,26 +70,29 @@ DEEDS: dict[str, Do] = {
 }
 
 
-@pytest.mark.parametrize("deed", DEEDS)
+FAULTS = {
+    "503": "it answers 503 Service Unavailable",
+    "403": "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and what they may do there",
+    "lost": "it cannot be reached, or breaks off",
+    "short": "its answer comes short",
+}
+
+
 @pytest.mark.parametrize(
-    ("fault", "words"),
+    ("fault", "deed"),
     [
-        ("503", "it answers 503 Service Unavailable"),
-        ("403", "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and what they may do there"),
-        ("lost", "it cannot be reached, or breaks off"),
-        ("short", "its answer comes short"),
+        (fault, deed)
+        for fault in FAULTS
+        for deed in DEEDS
+        if fault != "short" or deed in ("get", "list")  # the other answers have no body
     ],
 )
-def test_a_store_that_fails_is_said_in_one_sentence(
-    s3: S3Server, fault: str, words: str, deed: str
-) -> None:
-    if fault == "short" and deed not in ("get", "list"):
-        pytest.skip("the answer has no body")
+def test_a_store_that_fails_is_said_in_one_sentence(s3: S3Server, fault: str, deed: str) -> None:
     s3.objects["there"] = b"some data"
     s3.fault = lambda method, key: fault
     with pytest.raises(ResourceError) as said:
         DEEDS[deed](open_bucket("s3://states"))
-    assert words in str(said.value)
+    assert FAULTS[fault] in str(said.value)
     assert "s3://states" in str(said.value)
     assert "\n" not in str(said.value)
     assert len(str(said.value)) < 250

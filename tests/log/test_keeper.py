@@ -136,7 +136,7 @@ def test_what_is_decided_is_told_and_the_next_slot_opens() -> None:
     assert (reply.decided, reply.entry) == (True, history.entries[1])
     assert ask(keeper, prepare(B, 1, slot=5))[0].promised
     behind, kept = ask(keeper, prepare(B, 1, slot=7))
-    assert (behind, kept) == (log_pb2.PrepareReply(), [])
+    assert (behind, kept) == (log_pb2.PrepareReply(next_slot=5), [])
     read, _ = ask(keeper, Read(log_pb2.ReadLogRequest(network_id=NETWORK, from_slot=3)))
     assert list(read.entries) == history.entries[2:]
 
@@ -292,6 +292,33 @@ def test_nobody_lengthens_a_log_without_a_majority(
     assert isinstance(send, Send)
     told = log_pb2.PrepareReply(decided=True, entry=fake, proof=proof)
     assert proposer.handle(Answered(K1, send.requests[0], told), 0.0) == []  # type: ignore[arg-type]
+
+
+def test_a_refused_lesson_takes_no_room() -> None:
+    keeper, lesson = keeper_of(K1), learn(A, log_of(A))
+    lesson.request.proofs[0].ballot.round = 7
+    with pytest.raises(ForgedError, match="is not signed by it"):
+        keeper.handle(lesson, 0.0)
+    assert keeper.history(NETWORK) is None
+    lesson.request.entries.extend([lesson.request.entries[0]] * keeper_module.BATCH_ENTRIES)
+    lesson.request.proofs.extend([lesson.request.proofs[0]] * keeper_module.BATCH_ENTRIES)
+    with pytest.raises(MalformedError, match="at most 32 entries"):
+        keeper.handle(lesson, 0.0)
+
+
+def test_a_keeper_that_lags_is_taught_from_where_it_is() -> None:
+    history = log_of(A, commits=99)
+    proofs = given.proofs_of(history, PAIRS)
+    entry = new_commit(history, A, 5000, given.states())
+    proposer = Proposer(A.peer_id, history, entry, rng=random.Random(1), proofs=proofs)
+    request = proposer.handle(Begin(), 0.0)[0].requests[0]  # type: ignore[union-attr]
+    behind = log_pb2.PrepareReply(next_slot=90)
+    [send] = proposer.handle(Answered(K1, request, behind), 0.0)  # type: ignore[arg-type]
+    assert isinstance(send, Send)
+    lesson, again = send.requests
+    assert isinstance(lesson, log_pb2.LearnRequest)
+    assert list(lesson.entries) == history.entries[89:]
+    assert again == request
 
 
 def test_a_vote_that_is_not_the_keepers_does_not_count() -> None:

@@ -248,3 +248,46 @@ def test_answers_that_nobody_asked_for_change_nothing() -> None:
         LogReader(history, first=[])
     with pytest.raises(RemoteError):
         History("x")
+
+
+def test_a_long_log_is_read_in_small_pieces_and_once() -> None:
+    """3,000 entries at 1 s a piece: a read lasts as long as it gets on."""
+    told, history = long(2_999), History(NETWORK)
+    keepers = dict.fromkeys(K[:3], taught(K[0], told, 3_000))  # all know the same
+    reader, now, pieces, told_twice = LogReader(history, first=K[:3]), 0.0, 0, 0
+    queue: list[object] = list(reader.handle(Begin(), now))
+    while queue and queue[0] != Done():
+        effect = queue.pop(0)
+        assert not isinstance(effect, Failed)
+        if isinstance(effect, Ask):
+            message = answer(keepers[effect.keeper], effect)
+            assert len(message.reply.entries) <= keeper_module.BATCH_ENTRIES
+            before = history.next_slot
+            now += 1.0 if message.reply.entries else 0.0
+            assert reader.deadline() is not None
+            new = reader.handle(message, now)
+            pieces += history.next_slot > before
+            told_twice += bool(message.reply.entries) and history.next_slot == before
+            queue += new
+    assert len(history.entries) == 3_000
+    assert pieces == -(-3_000 // keeper_module.BATCH_ENTRIES)
+    assert told_twice <= 2  # the first answers of the others
+    assert now > 90
+
+
+def test_who_was_behind_is_asked_when_the_teller_goes_silent() -> None:
+    told, history = long(99), History(NETWORK)
+    keepers = {name: taught(name, told, 100) for name in K[:3]}
+    reader = LogReader(history, first=K[:3])
+    asks = [ask for ask in reader.handle(Begin(), 0.0) if isinstance(ask, Ask)]
+    again = reader.handle(answer(keepers[K[0]], asks[0]), 0.0)
+    assert [ask.keeper for ask in again if isinstance(ask, Ask)] == [K[0]]
+    for ask in asks[1:]:
+        assert reader.handle(answer(keepers[ask.keeper], ask), 0.0) == []
+    deadline = reader.deadline()
+    assert deadline == ROUND_TIMEOUT_S
+    asks = [ask for ask in reader.handle(Tick(), deadline) if isinstance(ask, Ask)]
+    assert [(ask.keeper, ask.request.from_slot) for ask in asks] == [(K[1], 33), (K[2], 33)]
+    left = drained(reader, dict(keepers), asks)
+    assert left == [Done()]
+    assert history.entries == told.entries

@@ -4,165 +4,119 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hosting import ORDER, allocation, manifest_of
 from memory_client import MemorySession
 from memory_swarm import MemorySwarm, commits_of
 from memory_wire import Letter
-from small_network import batch, plain, small_graph, submit, train
+from small_network import batch, plain, submit, train
 from virtual_time import play
 
 from p2pnet.client.run import TrainingRun
-from p2pnet.dht.manifest import network_id_of
-from p2pnet.errors import RefusedError, RemoteError, UnreachableError
-from p2pnet.log.shell import NetworkLog, open_log
-from p2pnet.orchestrator.cuts import BLOB_COPIES, Cuts
-from p2pnet.orchestrator.hosts import Hosts
-from p2pnet.v1 import common_pb2, vnode_pb2
+from p2pnet.errors import UnreachableError
+from p2pnet.orchestrator.conductor_shell import BLOB_COPIES
+from p2pnet.orchestrator.cuts import Cuts
+from p2pnet.orchestrator.ledger import Decide
+from p2pnet.orchestrator.messages import Stored
+from p2pnet.v1 import common_pb2
+
+PLACEMENT = {"a": "h1", "b": "h1", "c": "h2"}
+RESULT = Decide(20, 0.5, 3, 8)
 
 
-class Placed:
-    """A network that is placed, and cuts of our own over a log of our own."""
-
-    def __init__(self, swarm: MemorySwarm, log: NetworkLog, cuts: Cuts, hosts: Hosts) -> None:
-        self.swarm, self.log, self.cuts, self.hosts = swarm, log, cuts, hosts
-        self.placement: dict[str, str] = {}
-
-    async def make(self, step: int = 0, epoch: int = 1) -> bool:
-        return await self.cuts.make(self.placement, epoch, step)
+def ref(tag: str, *holders: str) -> common_pb2.BlobRef:
+    return common_pb2.BlobRef(digest=tag.encode().ljust(32), holders=holders)
 
 
-async def placed(swarm: MemorySwarm, initial: Any = None) -> Placed:
-    """As the conductor on "a" has it: claimed and allocated under epoch 1."""
-    a, graph = swarm["a"], small_graph()
-    manifest = manifest_of(graph, ["a"])
-    network_id = network_id_of(manifest)
-    log = open_log(a, network_id, manifest, swarm.state_url)
-    hosts = Hosts(a, graph.name)
-    it = Placed(swarm, log, Cuts(a, log, hosts, network_id, graph, initial or {}), hosts)
-    assert await log.claim("test") == 1
-    names = sorted(node.name for node in swarm.nodes.values() if node.hosting)
-    for at, vnode in enumerate(ORDER):
-        it.placement[vnode] = swarm[names[at % len(names)]].peer_id
-    requests = {}
-    for host in sorted(set(it.placement.values())):
-        mine = [vnode for vnode in ORDER if it.placement[vnode] == host]
-        requests[host] = allocation(graph, mine, network_id=network_id, manifest=manifest)
-    assert await hosts.allocate(requests) is not None
-    return it
+def stored(host: str, *vnodes: str, step: int = 20, epoch: int = 1) -> Stored:
+    return Stored(host, epoch, step, {vnode: ref(f"{vnode}{step}", host) for vnode in vnodes})
 
 
-def test_a_cut_is_of_every_vnode_and_held_by_three(tmp_path: Path) -> None:
+def test_a_cut_is_there_when_every_host_has_stored_its_part() -> None:
+    cuts = Cuts()
+    assert cuts.begin(PLACEMENT, 1, 20, RESULT) == {"h1": ("a", "b"), "h2": ("c",)}
+    assert cuts.busy
+    assert cuts.take(stored("h1", "a", "b")) is None
+    assert cuts.take(stored("h1", "a", "b")) is None  # twice
+    for late in (stored("h2", "c", step=19), stored("h2", "c", epoch=2), stored("h3", "c")):
+        assert cuts.take(late) is None
+    cut = cuts.take(stored("h2", "c"))
+    assert cut is not None
+    assert (cut.epoch, cut.step, cut.result) == (1, 20, RESULT)
+    assert list(cut.states) == ["a", "b", "c"]
+    assert cuts.stored == cut
+    cuts.forget_stored()
+    assert not cuts.busy
+
+
+def test_other_vnodes_than_asked_for_are_not_taken() -> None:
+    cuts = Cuts()
+    cuts.begin(PLACEMENT, 1, 20, None)
+    with pytest.raises(ValueError, match="other VNodes"):
+        cuts.take(stored("h1", "a"))
+    assert cuts.is_for(1, 20)
+
+
+def test_the_newest_stored_cut_waits_for_the_log() -> None:
+    cuts = Cuts()
+    for step in (20, 40):
+        cuts.begin({"a": "h1"}, 1, step, None)
+        cuts.take(stored("h1", "a", step=step))
+    assert cuts.stored is not None
+    assert cuts.stored.step == 40
+
+
+def test_what_waits_is_not_let_go() -> None:
+    cuts = Cuts()
+    cuts.begin({"a": "h1"}, 1, 60, None)
+    cuts.take(stored("h1", "a", step=60))
+    told, digests = cuts.to_retain({"a": ref("a20", "h0")}, {"a": ref("a40", "h1", "h2")})
+    assert told == ("h0", "h1", "h2")
+    assert [digest.strip() for digest in digests] == [b"a20", b"a40", b"a60"]
+    told, _ = cuts.to_retain({"a": ref("a40", "h1")}, {"a": ref("a60", "h1")})
+    assert told == ("h0", "h1", "h2")  # whoever held what nobody names any more
+
+
+def test_a_cut_is_held_by_several_that_are_well(tmp_path: Path) -> None:
     async def main() -> None:
-        async with MemorySwarm(tmp_path, "abcde") as swarm:
-            it = await placed(swarm)
-            assert not it.cuts.committed
-            assert await it.make()
-            assert it.cuts.committed
-            assert it.cuts.step == 0
-            assert sorted(it.cuts.states) == sorted(it.placement)
-            for vnode, ref in it.cuts.states.items():
-                assert ref.holders[0] == it.placement[vnode]
-                assert len(set(ref.holders)) == 1 + BLOB_COPIES
-                for holder in ref.holders:
-                    assert swarm.nodes[holder].store.has(ref.digest.hex())
-            await it.log.close()
+        async with MemorySwarm(tmp_path, "abcdefgh") as swarm:
+            swarm.add("client", hosting=False)
+            session = MemorySession(swarm)
+            network = await submit(session, swarm["a"].peer_id)
+            states = (await train(session, network, 3)).done.states
+            hosts = {it.vnode: it.host for it in (await session.status(network)).locations}
+            assert sorted(states) == sorted(hosts)
+            for vnode, state in states.items():
+                assert state.holders[0] == hosts[vnode]
+                assert len(set(state.holders)) == 1 + 2 * BLOB_COPIES  # they are small
+                assert swarm["client"].peer_id not in state.holders
+                for holder in state.holders:
+                    assert swarm.nodes[holder].store.has(state.digest.hex())
 
     play(main())
 
 
-def test_copies_go_to_peers_that_are_well_and_not_all_to_the_same(tmp_path: Path) -> None:
+def test_a_host_that_failed_us_gets_no_copies(tmp_path: Path) -> None:
     async def main() -> None:
         async with MemorySwarm(tmp_path, "abcdef") as swarm:
-            swarm.add("client", hosting=False)
-            it = await placed(swarm)
-            it.hosts.leaves(swarm["f"].peer_id)
-            await it.make()
-            copies = [
-                swarm.nodes[holder].name
-                for ref in it.cuts.states.values()
-                for holder in list(ref.holders)[1:]
-            ]
-            assert not {"f", "client"} & set(copies)
-            assert len(set(copies)) > BLOB_COPIES
-            await it.log.close()
-
-    play(main())
-
-
-def test_a_step_is_committed_once(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with MemorySwarm(tmp_path, "abc") as swarm:
-            it = await placed(swarm)
-            done = await asyncio.gather(it.make(), it.make(), it.make())
-            assert sorted(done) == [False, False, True]
-            assert commits_of(await swarm.log_of(it.log.history.network_id)) == [0]
-            await it.log.close()
-
-    play(main())
-
-
-@pytest.mark.parametrize("trouble", ["dead", "refuses", "others", "garbage"])
-def test_without_every_state_nothing_is_committed(tmp_path: Path, trouble: str) -> None:
-    async def main() -> None:
-        async with MemorySwarm(tmp_path, "abc") as swarm:
-            it = await placed(swarm)
-            real = swarm["b"].methods["VNode/Save"]
-
-            async def run(requests: Any, caller: Any, write: Any) -> bytes:
-                reply = vnode_pb2.SaveReply()
-                if trouble == "refuses":
-                    reply.refusal.code = common_pb2.REFUSAL_CODE_FAILED
-                    reply.refusal.detail = "I have lost it"
-                elif trouble == "others":
-                    reply.states["nobody"].digest = bytes(32)
-                else:
-                    for vnode in it.placement:
-                        if it.placement[vnode] == swarm["b"].peer_id:
-                            reply.states[vnode].digest = b"short"
-                return reply.SerializeToString()
-
-            if trouble == "dead":
-                swarm.kill(swarm["b"].peer_id)
-            else:
-                swarm["b"].methods["VNode/Save"] = type(real)(run, True, 30)
-            with pytest.raises(RemoteError):
-                await it.make()
-            assert not it.cuts.committed
-            assert commits_of(await swarm.log_of(it.log.history.network_id)) == []
-            if trouble != "dead":
-                swarm["b"].methods["VNode/Save"] = real
-                assert await it.make()
-            await it.log.close()
-
-    play(main())
-
-
-def test_a_cut_of_an_epoch_that_is_over_is_refused(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with MemorySwarm(tmp_path, "abc") as swarm:
-            it = await placed(swarm)
-            assert await it.log.claim("anew") == 2
-            with pytest.raises(RefusedError, match="newer epoch"):
-                await it.make(epoch=1)
-            assert not it.cuts.committed
-            await it.log.close()
-
-    play(main())
-
-
-def test_before_the_first_commit_the_states_are_those_submitted(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with MemorySwarm(tmp_path, "abc") as swarm:
-            initial = {"fc1": common_pb2.BlobRef(digest=b"1" * 32)}
-            it = await placed(swarm, initial)
-            assert it.cuts.states == initial
-            assert it.cuts.step == 0
-            await it.make()
-            assert it.cuts.states != initial
-            await it.log.close()
+            session = MemorySession(swarm)
+            network = await submit(session, swarm["a"].peer_id)
+            run = TrainingRun(session, network)
+            for step in range(1, 4):
+                x, y = batch(step)
+                await run.step({"x": x}, y)
+            frozen = next(
+                it.host
+                for it in (await session.status(network)).locations
+                if it.host != swarm["a"].peer_id
+            )
+            swarm.freeze(frozen)  # and the membership still counts it among the living
+            for step in range(4, 9):
+                x, y = batch(step)
+                await run.step({"x": x}, y)
+            done = await run.finish()
+            assert frozen not in [it for state in done.states.values() for it in state.holders]
+            assert (await train(session, network, 9, first=9)).digest == plain(9)[0]
 
     play(main())
 
@@ -180,7 +134,7 @@ def test_the_last_two_cuts_are_kept_and_older_ones_let_go(tmp_path: Path) -> Non
                 await asyncio.sleep(40)  # a blob that no commit names is kept for a minute
                 if step % 3 == 0:
                     states = (await session.status(network)).states
-                    cuts.append({ref.digest.hex() for ref in states.values()})
+                    cuts.append({state.digest.hex() for state in states.values()})
             await run.finish()
             held = [
                 {
@@ -216,19 +170,20 @@ def test_a_lost_retain_is_only_a_hint_lost(tmp_path: Path) -> None:
             trained = await train(session, network, 6)
             assert trained.recoveries == []
             assert trained.digest == plain(6)[0]
+            assert commits_of(await swarm.log_of(network.network_id)) == [3, 6]
 
     play(main())
 
 
 def test_a_cut_is_found_again_when_all_its_hosts_but_one_copy_are_gone(tmp_path: Path) -> None:
     async def main() -> None:
-        async with MemorySwarm(tmp_path, "abcdefg") as swarm:
+        async with MemorySwarm(tmp_path, "abcdefghi") as swarm:
             session = MemorySession(swarm)
             network = await submit(session, swarm["a"].peer_id)
             trained = await train(session, network, 4)
-            ref = trained.done.states["fc1"]
-            gone = [holder for holder in ref.holders if holder != swarm["a"].peer_id][:2]
-            for holder in gone:
+            state = trained.done.states["fc1"]
+            gone = [holder for holder in state.holders if holder != swarm["a"].peer_id]
+            for holder in gone[: len(state.holders) - 1]:
                 swarm.kill(holder)
             again = await train(session, network, 8, first=5)
             assert again.digest == plain(8)[0]

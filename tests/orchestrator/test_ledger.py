@@ -10,6 +10,7 @@ from p2pnet.core import Tick
 from p2pnet.orchestrator.ledger import (
     STALL_S,
     Cut,
+    CutWanted,
     Decide,
     Effect,
     EndOfData,
@@ -44,15 +45,13 @@ def test_a_step_is_decided_when_the_last_vnode_reports() -> None:
     core = ledger()
     reports = held(5)
     assert feed(core, *reports[:2]) == []
-    assert core.in_flight
     assert feed(core, reports[2]) == [Decide(5, 0.5, 0, 8)]
-    assert not core.in_flight
 
 
 def test_a_cut_is_due_after_cut_every_steps_and_holds_back_the_next_decision() -> None:
     core = ledger(cut_every=2)
     feed(core, *held(5))
-    assert feed(core, *held(6)) == [Decide(6, 0.5, 0, 8), Cut(6)]
+    assert feed(core, *held(6)) == [Decide(6, 0.5, 0, 8), Cut(Decide(6, 0.5, 0, 8))]
     assert feed(core, *held(7)) == []  # computed, but state 6 is not stored yet
     assert feed(core, Saved(6)) == [Decide(7, 0.5, 0, 8)]
     assert core.saved == 6
@@ -69,7 +68,7 @@ def test_late_doubled_and_foreign_reports_change_nothing() -> None:
 def test_the_end_of_data_saves_what_is_decided_once() -> None:
     core = ledger(cut_every=100)
     feed(core, *held(5))
-    assert feed(core, EndOfData(5)) == [Cut(5)]
+    assert feed(core, EndOfData(5)) == [Cut(Decide(5, 0.5, 0, 8))]
     assert feed(core, Saved(5)) == [Finished(5)]
     assert feed(core, EndOfData(5), Saved(5)) == []
 
@@ -78,7 +77,7 @@ def test_the_end_of_data_waits_for_steps_that_are_still_to_be_done_again() -> No
     core = ledger(cut_every=100)
     assert feed(core, EndOfData(6)) == []
     assert feed(core, *held(5)) == [Decide(5, 0.5, 0, 8)]
-    assert feed(core, *held(6)) == [Decide(6, 0.5, 0, 8), Cut(6)]
+    assert feed(core, *held(6)) == [Decide(6, 0.5, 0, 8), Cut(Decide(6, 0.5, 0, 8))]
     assert feed(core, Saved(6)) == [Finished(6)]
 
 
@@ -93,6 +92,24 @@ def test_a_stall_names_who_is_missing_and_is_not_cried_twice() -> None:
     assert feed(core, Tick(), now=5.0) == []
     assert feed(core, Tick(), now=1.0 + STALL_S) == [Stalled(5, ("out", "loss"))]
     assert feed(core, Tick(), now=2.0 + STALL_S) == []
+
+
+def test_a_cut_that_is_wanted_is_made_as_soon_as_there_is_something_to_store() -> None:
+    core = ledger(cut_every=100)
+    assert feed(core, CutWanted()) == []
+    assert feed(core, *held(5)) == [Decide(5, 0.5, 0, 8), Cut(Decide(5, 0.5, 0, 8))]
+    feed(core, Saved(5))
+    assert feed(core, *held(6)) == [Decide(6, 0.5, 0, 8)]  # wanted once, made once
+    assert feed(core, CutWanted()) == [Cut(Decide(6, 0.5, 0, 8))]
+
+
+def test_nothing_is_decided_after_the_last_cut() -> None:
+    core = ledger(cut_every=100)
+    feed(core, *held(5))
+    assert feed(core, CutWanted(last=True)) == [Cut(Decide(5, 0.5, 0, 8))]
+    assert feed(core, *held(6), Saved(5)) == []
+    assert core.decided == 5
+    assert feed(core, Tick(), now=10 * STALL_S) == []  # and nobody is to blame
 
 
 @pytest.mark.parametrize("seed", range(20))

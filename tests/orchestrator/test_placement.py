@@ -343,6 +343,19 @@ def test_after_a_loss_its_vnodes_go_near_to_their_neighbours() -> None:
     ]
 
 
+def test_next_to_nothing_moves_where_nothing_happens() -> None:
+    """Neighbours that are placed already hold a VNode where it is, also those after it."""
+    rng = random.Random(5)
+    graph = chain([64] * 60)
+    hosts = [
+        replace(host(f"p{n}"), coordinate=at(rng.uniform(-0.1, 0.1), rng.uniform(-0.1, 0.1)))
+        for n in range(20)
+    ]
+    before = place(graph, hosts, batch_size=32).assignments
+    after = place(graph, hosts, batch_size=32, current=before).assignments
+    assert sum(before[vnode] != after[vnode] for vnode in before) <= 1
+
+
 def test_a_host_that_does_not_say_where_it_is_counts_as_far() -> None:
     graph = chain([64] * 5)
     hosts = [replace(host(f"p{n}"), coordinate=at(0.0)) for n in range(3)]
@@ -541,3 +554,14 @@ def test_it_is_near_to_the_best_of_all_placements(tight: bool) -> None:
     assert len(ratios) > 50
     assert sum(ratios) / len(ratios) < 1.2
     assert sum(ratio > 2 for ratio in ratios) <= (2 if tight else 0)
+
+
+@pytest.mark.parametrize("hosts_max", [1, 2, 3])
+def test_on_so_many_hosts_as_the_owner_allows(hosts_max: int) -> None:
+    graph = chain([64] * 9)
+    swarm = [host(name) for name in "abcdef"]
+    placed = place(graph, swarm, batch_size=32, hosts_max=hosts_max)
+    assert len({*placed.assignments.values()}) <= hosts_max
+    current = placed.assignments
+    again = place(graph, swarm, batch_size=32, current=current, hosts_max=hosts_max)
+    assert {*again.assignments.values()} == {*current.values()}

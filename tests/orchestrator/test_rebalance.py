@@ -120,6 +120,25 @@ def test_a_small_gain_is_none() -> None:
     assert improve(GRAPH, now, current, batch_size=BATCH, hysteresis=NONE) is not None
 
 
+@pytest.mark.parametrize(
+    ("graph", "others", "rule"),
+    [(WIDE, 10, {"factor": 1.0}), (chain(1), 4, {"gain_s": 0.001})],
+    ids=["a large one of a long step", "a factor of a short step"],
+)
+def test_it_takes_a_factor_and_a_time(
+    graph: CompiledGraph, others: int, rule: dict[str, float]
+) -> None:
+    hosts = [host(f"p{n}") for n in range(6)]
+    current = settled(graph, hosts)
+    now = [
+        replace(view, vnodes=view.vnodes + (others if view.peer_id == current["fc0"] else 0))
+        for view in with_ours(hosts, current)
+    ]
+    assert improve(graph, now, current, batch_size=BATCH) is None
+    lax = replace(Hysteresis(), **rule)  # type: ignore[arg-type]
+    assert improve(graph, now, current, batch_size=BATCH, hysteresis=lax) is not None
+
+
 def crowded() -> tuple[dict[str, str], list[HostView]]:
     """Placed in good order; then one host is given much else to do."""
     hosts = [host(f"p{n}", group=f"g{n}") for n in range(4)]
@@ -166,6 +185,20 @@ def test_not_where_there_is_no_room_before_the_others_have_gone() -> None:
         v if v.peer_id == overloaded(current) else replace(v, memory_free_bytes=1000) for v in now
     ]
     assert improve(GRAPH, full, current, batch_size=BATCH) is None
+
+
+def test_two_do_not_change_places_where_both_do_not_fit_meanwhile() -> None:
+    graph = chain(1, 2048)
+    large, small = (graph.node(vnode).memory_bytes(BATCH) for vnode in ("fc0", "loss"))
+    current = {"fc0": "slow", "loss": "fast"}
+
+    def move(fast_free: int) -> object:
+        hosts = [host("slow", gflops=0.5, vnodes=1), host("fast", gflops=50.0, vnodes=1)]
+        hosts[1] = replace(hosts[1], memory_free_bytes=fast_free)
+        return improve(graph, hosts, current, batch_size=BATCH)
+
+    assert move(large) is not None
+    assert move(large - small) is None
 
 
 def test_not_where_moving_costs_more_than_it_saves_in_five_minutes() -> None:
@@ -241,6 +274,37 @@ def test_after_any_relocation_there_is_a_pause() -> None:
         if asked(rebalancer, at_times(loads, hosts), current, float(now))
     ]
     assert moved_at == [1830]  # half an hour for that VNode
+
+
+def test_the_pause_is_the_whole_networks() -> None:
+    hosts = [host(f"p{n}") for n in range(6)]
+    current = settled(GRAPH, hosts)
+    rebalancer = Rebalancer(GRAPH, batch_size=BATCH)
+    assert not asked(rebalancer, hosts, current, 0.0)
+    free = [v.peer_id for v in hosts if v.peer_id not in (current["fc0"], current["fc4"])]
+    current["fc4"] = free[0]
+    loads = {current["fc0"]: 80}
+    moved_at = [
+        now
+        for now in range(30, 1200, 30)
+        if asked(rebalancer, at_times(loads, hosts), current, float(now))
+    ]
+    assert moved_at == [630]
+
+
+def test_there_are_only_so_many_moves_an_hour() -> None:
+    def moves(an_hour: int) -> int:
+        rules = Hysteresis(held_s=0, pause_s=0, vnode_pause_s=0, moves_an_hour=an_hour)
+        hosts = [host(f"p{n}") for n in range(4)]
+        current = settled(GRAPH, hosts)
+        rebalancer = Rebalancer(GRAPH, batch_size=BATCH, hysteresis=rules)
+        return sum(
+            asked(rebalancer, at_times({current["fc4"]: 80}, hosts), current, float(now))
+            for now in range(0, 3600, 120)
+        )
+
+    assert moves(3) == 3
+    assert moves(1000) > 3
 
 
 # The simulation

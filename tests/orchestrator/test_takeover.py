@@ -228,6 +228,83 @@ def test_an_orchestrator_that_leaves_hands_its_networks_over(tmp_path: Path) -> 
     play(main())
 
 
+def test_keepers_of_an_idle_network_are_replaced_as_they_go(tmp_path: Path) -> None:
+    """Nobody writes an entry, and still the log outlives all who kept it at first."""
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abcdefghij") as swarm:
+            session = MemorySession(swarm)
+            a = swarm["a"].peer_id
+            network = await submit(session, a)
+            await train(session, network, 3)
+            first = (await swarm.log_of(network.network_id)).keepers
+            hosts = {it.host for it in (await session.status(network)).locations}
+            for keeper in [peer for peer in first if peer not in hosts and peer != a]:
+                swarm.kill(keeper)
+                await asyncio.sleep(120)
+            history = await swarm.log_of(network.network_id)
+            alive = [peer for peer, node in swarm.nodes.items() if not node.dead]
+            assert all(peer in alive for peer in history.keepers)
+            swarm.kill(a)
+            trained = await train(session, network, STEPS, first=4)
+            assert trained.digest == plain(STEPS)[0]
+
+    play(main())
+
+
+@pytest.mark.parametrize("feeding", [True, False])
+def test_a_keeper_that_leaves_is_replaced_before_it_goes(tmp_path: Path, feeding: bool) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abcdefghij") as swarm:
+            session = MemorySession(swarm)
+            network = await submit(session, swarm["a"].peer_id)
+            run = TrainingRun(session, network)
+            for step in range(1, 5):
+                await run.step(*fed(step))
+            if not feeding:
+                await run.finish()
+            history = await swarm.log_of(network.network_id)
+            hosts = {it.host for it in (await session.status(network)).locations}
+            going = next(peer for peer in history.keepers if peer not in hosts)
+            leaving = swarm.ask(
+                "a",
+                "Orchestrator/Leaving",
+                pb.LeavingRequest(),
+                pb.LeavingReply,
+                by=swarm.nodes[going].name,
+            )
+            if feeding:
+                _, step5 = await asyncio.gather(leaving, run.step(*fed(5)))
+                assert step5.step == 5
+            else:
+                await leaving
+            history = await swarm.log_of(network.network_id)
+            assert going not in history.keepers
+            assert len(claims_of(history)) == (1 if feeding else 2)
+
+    play(main())
+
+
+def test_a_submission_said_twice_at_once_is_one(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abc") as swarm:
+            session = MemorySession(swarm)
+            twice: list[asyncio.Task[object]] = []
+
+            def again(letter: Letter) -> None:
+                if letter.method == "Orchestrator/Submit" and not twice:
+                    ask = swarm.ask("a", letter.method, letter.request, pb.SubmitReply)
+                    twice.append(asyncio.ensure_future(ask))
+
+            swarm.before.append(again)
+            network = await submit(session, swarm["a"].peer_id)
+            await asyncio.gather(*twice)
+            assert claims_of(await swarm.log_of(network.network_id)) == [1]
+            assert (await train(session, network, 3)).digest == plain(3)[0]
+
+    play(main())
+
+
 @pytest.mark.parametrize("by", ["owner", "stranger"])
 def test_only_the_owner_ends_a_network_and_then_it_is_over(tmp_path: Path, by: str) -> None:
     async def main() -> None:

@@ -14,11 +14,14 @@ from hosting import (
     ORDER,
     RIVAL,
     allocate,
+    allocation,
     claim_for,
     feed,
+    log_of,
     manifest_of,
     network_of,
     place,
+    teach,
     training_input,
 )
 from memory_swarm import MemorySwarm
@@ -33,8 +36,10 @@ from p2pnet.errors import RefusedError
 from p2pnet.keys import ACCEPTANCE, sha256, verify
 from p2pnet.v1 import common_pb2, pnode_pb2, records_pb2, vnode_pb2
 from p2pnet.vnode import tenancy
+from p2pnet.vnode.blob_ages import UNNAMED_KEPT_S
 from p2pnet.vnode.hosting import Usage
 from p2pnet.vnode.network import BATCH_SAMPLES
+from p2pnet.vnode.shell import READY_KEPT_S, READYING_MAX
 from p2pnet.vnode.state import decode_state, model_digest, weights_of
 
 GRAPH = small_graph()
@@ -549,5 +554,196 @@ def test_health_and_first_contact(tmp_path: Path) -> None:
             assert reply.advert == swarm["a"].advert()
             with pytest.raises(RefusedError):  # somebody else's
                 await swarm.ask("a", "PNode/Register", request, pnode_pb2.RegisterReply, by="c")
+
+    play(main())
+
+
+# After a restart, and before a claim
+
+
+def test_a_host_that_was_restarted_falls_for_no_older_claim(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "ab") as swarm:
+            await claim_for(swarm, GRAPH, 1, RIVAL, dict.fromkeys(ORDER, "b"))
+            assert not (await allocate(swarm, "b", GRAPH, epoch=2)).HasField("refusal")
+            swarm["b"].restart_host()
+            assert swarm["b"].host.usage.vnodes == 0
+            swarm.kill(swarm["a"].peer_id)  # the keeper: nobody can be asked
+            reply = await allocate(swarm, "b", GRAPH, epoch=1, by=RIVAL)
+            assert (reply.refusal.code, reply.refusal.epoch) == (code("STALE_EPOCH"), 2)
+
+    play(main())
+
+
+def test_a_log_that_cannot_be_read_is_asked_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "ab") as swarm:
+            claim = await claim_for(swarm, GRAPH, 1, BOSS, dict.fromkeys(ORDER, "b"))
+            swarm.freeze(swarm["a"].peer_id)
+            request = allocation(GRAPH, ORDER, claim)
+            reply_type = pnode_pb2.AllocateReply
+            reply = await swarm.ask("b", "PNode/Allocate", request, reply_type, by=BOSS)
+            assert reply.refusal.code == code("BUSY")
+            swarm.thaw(swarm["a"].peer_id)
+            reply = await swarm.ask("b", "PNode/Allocate", request, reply_type, by=BOSS)
+            assert not reply.HasField("refusal"), reply.refusal
+
+    play(main())
+
+
+def test_a_claim_that_its_keepers_hear_of_later(tmp_path: Path) -> None:
+    """The claimant tells hosts and keepers at the same time."""
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "ab") as swarm:
+            await claim_for(swarm, GRAPH, 1, BOSS, dict.fromkeys(ORDER, "a"))
+            log = log_of(swarm, GRAPH)
+            claim = log.claim(BOSS, dict.fromkeys(ORDER, "b"))
+            request = allocation(GRAPH, ORDER, claim, epoch=2)
+            asking = asyncio.ensure_future(
+                swarm.ask("b", "PNode/Allocate", request, pnode_pb2.AllocateReply, by=BOSS)
+            )
+            await asyncio.sleep(0.5)
+            assert not asking.done()
+            await teach(swarm, log)
+            assert not (await asking).HasField("refusal")
+
+    play(main())
+
+
+def test_a_host_gets_ready_before_it_is_given_anything(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "ab") as swarm:
+            await place(swarm, GRAPH, EVERYWHERE_A)
+            await trained_alone(swarm, 1)
+            states = dict((await saved(swarm, 1)).states)
+            request = pnode_pb2.ReadyRequest(
+                network_id=NETWORK,
+                manifest=manifest_of(GRAPH),
+                graph=GRAPH.to_json(),
+                vnodes=ORDER,
+                states=states,
+            )
+
+            async def ready(by: str = BOSS) -> common_pb2.Refusal:
+                reply = await swarm.ask("b", "PNode/Ready", request, pnode_pb2.ReadyReply, by=by)
+                return reply.refusal
+
+            assert (await ready("stranger")).code == code("NOT_GRANTED")
+            assert (await ready()).code == 0
+            fetched = [letter for letter in swarm.letters if letter.method == "Blob/Get"]
+            assert len(fetched) == len({ref.digest for ref in states.values()})
+            swarm.letters.clear()
+            reply = await allocate(swarm, "b", GRAPH, epoch=2, step=1, states=states)
+            assert not reply.HasField("refusal")
+            load = vnode_pb2.LoadRequest(network_id=NETWORK, epoch=2, step=1, states=states)
+            loaded = await swarm.ask("b", "VNode/Load", load, vnode_pb2.LoadReply, by=BOSS)
+            assert not loaded.HasField("refusal"), loaded.refusal
+            # and under the next claim, which leaves it where it is, nothing is fetched either
+            reply = await allocate(swarm, "b", GRAPH, epoch=3, step=1, states=states)
+            assert not reply.HasField("refusal")
+            load.epoch = 3
+            loaded = await swarm.ask("b", "VNode/Load", load, vnode_pb2.LoadReply, by=BOSS)
+            assert not loaded.HasField("refusal"), loaded.refusal
+            assert not [letter for letter in swarm.letters if letter.method == "Blob/Get"]
+
+            swarm["b"].host.drain()
+            assert (await ready()).code == code("DRAINING")
+
+    play(main())
+
+
+def test_what_was_fetched_for_a_network_that_never_comes_goes_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "ab") as swarm:
+            await place(swarm, GRAPH, EVERYWHERE_A)  # and nobody looks after any network
+            held = [await swarm["a"].blobs.store(data, NETWORK, [], "") for data in (b"1", b"2")]
+            await swarm["b"].blobs.store(b"2", "1" * 32, [], "")  # another network's as well
+            request = pnode_pb2.ReadyRequest(
+                network_id=NETWORK,
+                manifest=manifest_of(GRAPH),
+                graph=GRAPH.to_json(),
+                vnodes=["fc1", "out"],
+                states=dict(zip(("fc1", "out"), held, strict=True)),
+            )
+            reply = await swarm.ask("b", "PNode/Ready", request, pnode_pb2.ReadyReply, by=BOSS)
+            assert not reply.HasField("refusal"), reply.refusal
+
+            def there() -> list[bool]:
+                return [swarm["b"].store.has(ref.digest.hex()) for ref in held]
+
+            assert there() == [True, True]
+            await asyncio.sleep(READY_KEPT_S + 1)
+            assert there() == [False, True]
+
+    play(main())
+
+
+def test_a_state_that_nobody_has_is_said_when_a_host_gets_ready(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "a") as swarm:
+            ref = common_pb2.BlobRef(digest=sha256(b"lost"), size_bytes=4)
+            request = pnode_pb2.ReadyRequest(
+                network_id=NETWORK,
+                manifest=manifest_of(GRAPH),
+                graph=GRAPH.to_json(),
+                vnodes=["fc1"],
+                states={"fc1": ref},
+            )
+            for _ in range(2 * READYING_MAX):  # each makes room for the next
+                reply = await swarm.ask("a", "PNode/Ready", request, pnode_pb2.ReadyReply, by=BOSS)
+                assert reply.refusal.code == code("FAILED")
+                assert "could not get ready" in reply.refusal.detail
+
+    play(main())
+
+
+def test_states_are_let_go_on_the_word_of_the_networks_orchestrator_alone(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "ab") as swarm:
+            everywhere = dict.fromkeys(ORDER, "a")
+            older = await claim_for(swarm, GRAPH, 1, RIVAL, everywhere)
+            newer = await claim_for(swarm, GRAPH, 2, BOSS, everywhere)
+            await swarm["b"].blobs.store(b"a state", NETWORK, [], "")
+            await asyncio.sleep(UNNAMED_KEPT_S + 1)
+
+            async def retain(by: str, claim: common_pb2.Signed | None) -> int:
+                request = vnode_pb2.RetainRequest(network_id=NETWORK, claim=claim)
+                reply = await swarm.ask("b", "Blob/Retain", request, vnode_pb2.RetainReply, by=by)
+                return reply.refusal.code
+
+            assert await retain("stranger", None) == code("NOT_GRANTED")
+            assert await retain("stranger", newer) == code("NOT_GRANTED")
+            assert await retain(RIVAL, older) == code("STALE_EPOCH")
+            assert swarm["b"].store.has(sha256(b"a state").hex())
+            assert await retain(BOSS, newer) == 0
+            assert not swarm["b"].store.has(sha256(b"a state").hex())
+
+    play(main())
+
+
+def test_a_host_says_where_it_keeps_states_and_whom_it_serves(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/shared"
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "a", state_url=url) as swarm:
+            said = await swarm.ask(
+                "a", "PNode/Describe", pnode_pb2.DescribeRequest(), pnode_pb2.DescribeReply
+            )
+            assert (said.state_url, said.service) == (url, "")
+
+    play(main())
+
+
+def test_where_a_state_goes_is_the_owners_to_say(tmp_path: Path) -> None:
+    """Not the orchestrator's: a directory that it names is not written."""
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "a") as swarm:
+            await place(swarm, GRAPH, EVERYWHERE_A, state_url=f"file://{tmp_path}/elsewhere")
+            await trained_alone(swarm, 1)
+            said = await saved(swarm, 1)
+            assert all(swarm["a"].store.has(ref.digest.hex()) for ref in said.states.values())
+            assert not (tmp_path / "elsewhere").exists()
 
     play(main())

@@ -388,6 +388,6 @@ def test_a_client_with_old_allocations_is_sent_on(tmp_path: Path) -> None:
             before = swarm.loop.time()
             output = await client.infer(session, network, GRAPH, {"x": x})
             np.testing.assert_allclose(output, plain_output(0, x), rtol=1e-5, atol=1e-6)
-            assert swarm.loop.time() - before < client.RETRY_S, "it had to try again"
+            assert swarm.loop.time() - before < 0.3, "it had to try again"
 
     play(main())

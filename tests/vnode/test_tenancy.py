@@ -16,7 +16,14 @@ from p2pnet.core import Tick
 from p2pnet.v1 import common_pb2, log_pb2, pnode_pb2, records_pb2
 from p2pnet.vnode.admission import Limits
 from p2pnet.vnode.network import BATCH_SAMPLES
-from p2pnet.vnode.tenancy import ORPHANED_S, READS_MAX, WAITING_MAX, Tenancy
+from p2pnet.vnode.tenancy import (
+    LOOK_AGAIN_S,
+    ORPHANED_S,
+    QUIET_S,
+    READS_MAX,
+    WAITING_MAX,
+    Tenancy,
+)
 from p2pnet.vnode.tenancy_events import (
     AllocateAsked,
     Begin,
@@ -46,7 +53,8 @@ AWAY = dict.fromkeys(VNODES, "other")
 
 
 def limits(**changes: Any) -> Limits:
-    return Limits(**({"me": keypair_of(ME).peer_id, "memory_bytes": 2 * SIZE_BYTES} | changes))
+    fields: dict[str, Any] = {"me": keypair_of(ME).peer_id, "memory_bytes": 2 * SIZE_BYTES}
+    return Limits(**(fields | changes))
 
 
 def request_for(log: Log, claim: common_pb2.Signed, /, **changes: Any) -> pnode_pb2.AllocateRequest:
@@ -207,8 +215,8 @@ def test_what_is_not_signed_is_refused(what: str) -> None:
     log = Log(GRAPH)
     rig = Rig(log)
     claim = log.claim("boss", HERE)
-    forged = unsigned(log.manifest if what == "manifest" else claim)
-    assert rig.code(rig.allocate(log, claim, **{what: forged})) == "BAD_REQUEST"
+    changes: dict[str, Any] = {what: unsigned(log.manifest if what == "manifest" else claim)}
+    assert rig.code(rig.allocate(log, claim, **changes)) == "BAD_REQUEST"
 
 
 def test_a_commit_is_no_claim() -> None:
@@ -520,13 +528,45 @@ def test_leases_and_orphans() -> None:
     assert called(rig, log, 1)[0] == "LEASE_EXPIRED"
     assert beat(rig, log, 1) == "", "it was away for a moment"
     assert called(rig, log, 1) == ("", 0, "")
-    deadline = rig.core.deadline()
-    assert deadline == rig.now + 10 + ORPHANED_S
-    rig.now = deadline
+    assert rig.core.deadline() == rig.now + QUIET_S
+    rig.now += 10 + ORPHANED_S
     assert rig.do(Tick()) == [End(log.network_id, VNODES)]
     assert rig.core.deadline() is None
     assert beat(rig, log, 1) == "NOT_HOSTED"
     assert rig.code(rig.allocate(log, claim)) == "FAILED"
+
+
+def test_a_host_that_hears_nothing_asks_the_log_whether_it_is_replaced() -> None:
+    log = Log(GRAPH)
+    rig = Rig(log)
+    assert rig.code(rig.allocate(log, log.claim("boss", HERE))) == ""
+    rig.now += QUIET_S - 0.1
+    assert beat(rig, log, 1) == ""
+    assert rig.do(Tick()) == [], "too early"
+    rig.now += QUIET_S
+    read = ReadLog(log.network_id, log.manifest, 2, ())
+    assert rig.do(Tick()) == [read]
+    assert rig.do(Tick()) == [], "one at a time"
+    rig.answer_reads()
+    assert rig.core.deadline() == rig.now + LOOK_AGAIN_S
+    rig.now += LOOK_AGAIN_S
+    assert rig.do(Tick()) == [read]
+    rig.reads.clear()
+    rig.do(LogSilent(log.network_id, "no majority"))
+    assert called(rig, log, 1)[0] in ("", "LEASE_EXPIRED"), "who knows"
+    log.claim("rival", AWAY)
+    ask = rig.allocate(log, log.claim("third", AWAY | {"out": ME}), "third")
+    rig.now += LOOK_AGAIN_S
+    assert rig.do(Tick()) == [], "it is being read"
+    assert rig.code(ask) == ""
+    log.claim("rival", AWAY)
+    rig.now += QUIET_S
+    rig.do(Tick())
+    rig.answer_reads()
+    assert rig.effects[-2] == End(log.network_id, ("out",))
+    assert isinstance(rig.effects[-1], Persist)
+    assert called(rig, log, 3, "out") == ("STALE_EPOCH", 4, keypair_of("other").peer_id)
+    assert rig.core.deadline() is None
 
 
 def test_dropping() -> None:
@@ -628,7 +668,7 @@ def schedule(seed: int) -> Sequence[str]:
     for _ in range(60):
         what = rng.choice(
             ("claim", "race", "allocate", "allocate", "replay", "read", "silent", "restart",
-             "commit", "beat", "drop")
+             "commit", "beat", "drop", "tick")
         )  # fmt: skip
         seen.append(what)
         who = rng.choice(people)
@@ -658,6 +698,9 @@ def schedule(seed: int) -> Sequence[str]:
                 rig.do(LogSilent(rig.reads.pop(0).network_id, "no majority"))
         elif what == "restart":
             rig.restart()
+        elif what == "tick":
+            rig.now += 2 * rng.random() * LOOK_AGAIN_S
+            rig.do(Tick())
         elif what in ("beat", "drop") and log.history.epoch:
             (beat if what == "beat" else drop)(rig, log, rng.randint(1, log.history.epoch), by=who)
         note()

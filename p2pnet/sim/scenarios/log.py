@@ -28,7 +28,8 @@ from p2pnet.v1 import common_pb2, log_pb2, records_pb2
 _KEEPERS = 3
 _PAUSE_S = 0.3  # between two things that a writer does, on average
 _GRAPH = b"{}"
-_STORM_PAUSE_S = 0.1
+_STORM_PAUSE_S = 0.06
+_DIES_THEN = 0.2  # a writer, as soon as it hears that its entry is decided
 _FAULTS = 0.2  # of what strikes; the rest are restarts
 _CALM_S = 60.0
 
@@ -106,6 +107,7 @@ class _Storm:
         world.links.rng = world.rng_of("links")
         world.links.loss = self.rng.uniform(0.0, 0.3)
         self.tried = self.acknowledged = 0
+        self.storming = True
         self.machines = [
             world.machine(clock=any_clock(self.rng, wrong=self.rng.random() < 0.5))
             for _ in range(nodes)
@@ -133,6 +135,15 @@ class _Storm:
     def told(self, peer_id: str, entry: common_pb2.Signed) -> None:
         """Somebody holds an entry to be decided."""
         self.recording.note(Decided(peer_id, entry))
+        writer = self.world.by_id[peer_id]
+        if not self.storming or writer.key.public_key != entry.public_key:
+            return
+        if self.rng.random() < _DIES_THEN:
+            # The worst moment: nobody but itself knows yet, and keepers have to remember.
+            writer.kill()
+            self.world.after(self.rng.uniform(0.1, 2.0), writer.restart)
+            for keeper in self.rng.sample(self._keeping(), 2):
+                self.world.after(0.0, keeper.restart)
 
     def next_keepers(self, history: History, rng: random.Random) -> tuple[str, ...]:
         """Now and then another one instead of one of them."""
@@ -142,14 +153,21 @@ class _Storm:
             keepers[rng.randrange(len(keepers))] = rng.choice(others)
         return tuple(sorted(keepers))
 
+    def _keeping(self) -> list[Machine]:
+        """The keepers of the newest slot that anybody knows."""
+        newest = max((w.log.history for w in self.writers), key=lambda h: h.next_slot)
+        return [self.world.by_id[keeper] for keeper in newest.keepers or self.keepers]
+
     def play(self) -> None:
         end = self.world.now + self.options["storm_s"]
         while self.world.now < end:
             self.world.run_for(self.rng.expovariate(1.0 / _STORM_PAUSE_S))
-            if self.rng.random() < _FAULTS:
+            what = self.rng.random()
+            if what < _FAULTS:
                 self.faults.strike()
             else:  # what a keeper promised and accepted has to outlive its process
-                self.rng.choice(self.machines).restart()
+                self.rng.choice(self._keeping()).restart()
+        self.storming = False
         self.faults.cease()
         for machine in self.machines:
             if not machine.alive:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Mapping
 
+from p2pnet.orchestrator import messages as m
 from p2pnet.sim.faults import Faults, any_clock, any_links
 from p2pnet.sim.orchestra import Job, Node, Orchestra
 from p2pnet.sim.report import Report
@@ -67,6 +68,16 @@ class _Storm:
             orchestrators=orchestrators,
         )
 
+    def _drain(self, node: Node) -> None:
+        """A node says that it is about to go, and then stays after all."""
+        self.faults.log.append((self.world.now, f"{node.machine.number} wants to leave"))
+        peer_id = node.machine.peer_id
+        for run in self.orchestra.conductors(self.job):
+            if run.machine is node.machine:
+                run.ask(m.Resign, lambda refusal: None)
+            else:
+                run.ask(lambda ask: m.HostLeaves(ask, peer_id), lambda refusal: None)
+
     def play(self) -> float | None:
         """After how long after the last fault the job was done, None: it was not."""
         end = self.world.now + self.options["storm_s"]
@@ -74,6 +85,8 @@ class _Storm:
             self.world.run_for(self.rng.expovariate(1.0 / _PAUSE_S))
             if self.rng.random() < self.options["faults"]:
                 self.faults.strike()
+            elif self.rng.random() < self.options["drains"]:
+                self._drain(self.rng.choice(self.orchestra.nodes))
             elif self.villain is not None and self.villain.able:
                 self.faults.log.append((self.world.now, f"a villain: {self.villain.strike()}"))
         self.faults.cease()
@@ -146,6 +159,7 @@ SCENARIO = Scenario(
         "storm_s": 12.0,
         "steps": 8.0,
         "faults": 0.7,  # the share of what might strike that does
+        "drains": 0.1,  # the share of what else happens that is somebody who wants to leave
         "villains": 0.5,  # the share of seeds in which a node breaks the rules
         "gossip": 0.0,  # the share of seeds with the shipped membership
         "recover_s": 200.0,
