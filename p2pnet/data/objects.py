@@ -97,6 +97,14 @@ class Bucket:
             except FileNotFoundError:
                 return None
 
+    def folders(self, prefix: str) -> list[str]:
+        """The names right below a prefix that have something below them, in order."""
+        import obstore
+
+        with self._said("list", prefix):
+            found = obstore.list_with_delimiter(self._store, prefix)
+        return sorted(str(path).rpartition("/")[2] for path in found["common_prefixes"])
+
     def list(self, prefix: str, after: str = "") -> list[str]:
         """The keys under a prefix (whole parts of a path), after one of them, in order."""
         import obstore

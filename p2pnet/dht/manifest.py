@@ -26,9 +26,14 @@ def network_id_of(signed_manifest: common_pb2.Signed) -> str:
     return keys.sha256(signed_manifest.payload)[:16].hex()
 
 
+def is_network_id(text: str) -> bool:
+    """Whether it is 32 hexadecimal digits."""
+    return _NETWORK_ID.fullmatch(text) is not None
+
+
 def check_network_id(network_id: str) -> None:
     """Raises MalformedError for anything but 32 hexadecimal digits."""
-    if not _NETWORK_ID.fullmatch(network_id):
+    if not is_network_id(network_id):
         raise MalformedError(f"{network_id[:64]!r} is not a network id: it is 32 hex digits")
 
 

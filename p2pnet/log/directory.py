@@ -14,7 +14,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from p2pnet.dht.manifest import check_network_id
+from p2pnet.dht.manifest import check_network_id, is_network_id
 from p2pnet.errors import LocalError, ResourceError
 from p2pnet.log.entry import parse_entry
 from p2pnet.log.stored import SLOT_MAX, STORED_BYTES_MAX, name_of, open_stored
@@ -56,6 +56,16 @@ class DirectoryLog:
         except OSError as error:
             raise _cannot("write", path, error) from error
         return signed if won else _load(path, entry.network_id, slot)
+
+    def networks(self) -> list[str]:
+        """The networks that have a log here; raises ResourceError."""
+        try:
+            names = os.listdir(self._root)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise _cannot("read", self._root, error) from error
+        return sorted(name for name in names if is_network_id(name))
 
     def read(self, network_id: str, from_slot: int = 1) -> list[common_pb2.Signed]:
         """The entries from a slot on, in order; empty where there are none.

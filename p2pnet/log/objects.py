@@ -10,7 +10,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 from p2pnet.data.objects import Bucket
-from p2pnet.dht.manifest import check_network_id
+from p2pnet.dht.manifest import check_network_id, is_network_id
 from p2pnet.errors import LocalError, ResourceError
 from p2pnet.log.entry import parse_entry
 from p2pnet.log.stored import SLOT_MAX, STORED_BYTES_MAX, name_of, open_stored
@@ -51,6 +51,10 @@ class ObjectLog:
                 return open_stored(data, entry.network_id, slot, f"{self._bucket.url}/{key}")
             # Two that write at once may both be told of a conflict, and nothing is there yet.
         raise ResourceError(f"the object store cannot decide what {self._bucket.url}/{key} is")
+
+    def networks(self) -> list[str]:
+        """The networks that have a log here; raises ResourceError."""
+        return [name for name in self._bucket.folders("log") if is_network_id(name)]
 
     def read(self, network_id: str, from_slot: int = 1) -> list[common_pb2.Signed]:
         """The entries from a slot on, in order; empty where there are none.

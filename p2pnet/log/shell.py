@@ -70,21 +70,13 @@ def open_log(
         MalformedError, ForgedError: the manifest is not that network's, or names no place.
         UsageError: its store cannot be used by this node, and why.
     """
-    # Here, because what they make is a Log; and an object store's client is not for all.
+    # Here, because what they make is a Log.
     from p2pnet.log.peers_shell import LogOnPeers
-    from p2pnet.log.store_shell import LogInStore
+    from p2pnet.log.store_shell import LogInStore, open_store
 
     charter = open_charter(network_id, manifest)
     if charter.keepers:
         return LogOnPeers(swarm, network_id, charter.keepers, keepers)
     if not charter.state_url:
         raise MalformedError("a manifest names neither keepers nor a store for the log")
-    if charter.state_url.startswith("s3://"):
-        from p2pnet.data.objects import open_bucket
-        from p2pnet.log.objects import ObjectLog
-
-        return LogInStore(ObjectLog(open_bucket(charter.state_url)), network_id)
-    from p2pnet.data.blobs import path_of
-    from p2pnet.log.directory import DirectoryLog
-
-    return LogInStore(DirectoryLog(path_of(charter.state_url) / "log"), network_id)
+    return LogInStore(open_store(charter.state_url), network_id)

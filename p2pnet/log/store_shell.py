@@ -25,6 +25,24 @@ class Store(Protocol):
         """The entries from a slot on, in order."""
         ...
 
+    def networks(self) -> list[str]:
+        """The networks that have a log here, by id, in order."""
+        ...
+
+
+def open_store(state_url: str) -> Store:
+    """The logs below a state URL; raises UsageError where this node cannot use it."""
+    # Here, because an object store's client is not for all.
+    if state_url.startswith("s3://"):
+        from p2pnet.data.objects import open_bucket
+        from p2pnet.log.objects import ObjectLog
+
+        return ObjectLog(open_bucket(state_url))
+    from p2pnet.data.blobs import path_of
+    from p2pnet.log.directory import DirectoryLog
+
+    return DirectoryLog(path_of(state_url) / "log")
+
 
 class LogInStore(Log):
     """The log in a store: what stands there is decided; a void entry stands there too."""
@@ -50,6 +68,12 @@ class LogInStore(Log):
         async with self._one_at_a_time:
             await self._sync()
             return self._known.entries[max(1, from_slot) - 1 :]
+
+    async def history(self) -> History:
+        """What stands there now, checked; not to be changed. Raises as `read`."""
+        async with self._one_at_a_time:
+            await self._sync()
+            return self._known
 
     async def confirm(self, entry: common_pb2.Signed) -> History:
         """See `Log`."""

@@ -37,9 +37,10 @@ from p2pnet.vnode.graph import CompiledGraph
 WAIT_S = 5.0  # for hosts, or for the log's keepers, before looking again
 FUTILE_MAX = 3  # recoveries without a commit between; each is an entry of the log
 BACKOFF_S = 0.05
-BACKOFF_MAX_S = 2.0
+BACKOFF_MAX_S = 60.0
 IMPROVE_S = 30.0
 KEEPER_GONE_S = 30.0
+LOG_PATIENCE_S = 60.0
 RELOCATIONS_KEPT = 1000
 
 STALE = common_pb2.REFUSAL_CODE_STALE_EPOCH
@@ -114,6 +115,7 @@ class Conductor:
         self._plans: dict[m.Purpose, None] = {}  # that are being made
         self._chosen: dict[str, str] = {}  # what is being claimed or allocated
         self._reading = False
+        self._waits_for_log: float | None = None  # since when it takes nothing of ours
         self._appending: _Entry | None = None
         self._sent: common_pb2.Signed | None = None
         self._asked: dict[str, None] = {}  # hosts whose answer to Allocate is awaited
@@ -213,6 +215,13 @@ class Conductor:
     def states(self) -> Mapping[str, common_pb2.BlobRef]:
         """The states of the last commit, or those that the network was submitted with."""
         return self._desk.states
+
+    def holds(self, now: float) -> bool:
+        """Whether this orchestrator's lease holds: not if the log takes nothing of it for long.
+
+        Others may reach the log's keepers. If they do, they claim; if not, nothing is lost.
+        """
+        return self._waits_for_log is None or now < self._waits_for_log + LOG_PATIENCE_S
 
     def locations(self) -> list[pnode_pb2.Location]:
         """Where every VNode lives."""
@@ -341,6 +350,8 @@ class Conductor:
         self._reading = False
         if self._begin is None:
             return  # it was only looked into; commits and claims will tell
+        if self._waits_for_log is None:
+            self._waits_for_log = self._desk.now
         if self._begin.epoch == 0:
             self._over(FAILED, f"the network's log cannot be reached: {reason}")
         else:
@@ -383,7 +394,7 @@ class Conductor:
         except RemoteError as error:
             self._not_appended(str(error))
             return
-        self._appending = self._sent = None
+        self._appending = self._sent = self._waits_for_log = None
         if self.history.closing is not None:
             self._closed()
             return
@@ -404,6 +415,8 @@ class Conductor:
     def _not_appended(self, reason: str) -> None:
         what = self._appending
         self._appending = self._sent = None
+        if self._waits_for_log is None:
+            self._waits_for_log = self._desk.now
         if what is _Entry.CLOSING:
             self._asks.closed(FAILED, f"the log cannot be written: {reason}")
         if what is _Entry.COMMIT:
@@ -445,8 +458,8 @@ class Conductor:
         self._futile += 1
         if self._futile > FUTILE_MAX:
             self.phase = Phase.WAITING
-            backoff_s = 0.1 * 2 ** min(self._futile - FUTILE_MAX, 8)
-            self._resume_at = self._desk.now + min(backoff_s, WAIT_S)
+            backoff_s = BACKOFF_S * 2 ** min(self._futile - FUTILE_MAX + 1, 20)
+            self._resume_at = self._desk.now + min(backoff_s, BACKOFF_MAX_S)
         else:
             self._plan()
 
@@ -573,8 +586,8 @@ class Conductor:
             return
         # Some may have agreed, and are not chosen again.
         self._desk.hosts.lost(self._chosen.values(), self.placement.values())
-        self._tries += 1
-        self._wait(self._disagreed, min(BACKOFF_S * 2 ** min(self._tries, 8), BACKOFF_MAX_S))
+        self._tries += 1  # each is an entry of the log
+        self._wait(self._disagreed, min(BACKOFF_S * 2 ** min(self._tries, 20), BACKOFF_MAX_S))
 
     def _placed(self) -> None:
         desk = self._desk

@@ -10,9 +10,11 @@ from p2pnet.core import Tick
 from p2pnet.dht.keyspace import network_key, peer_position, position
 from p2pnet.errors import P2PNetError, RemoteError
 from p2pnet.log.history import History
+from p2pnet.log.store_shell import LogInStore, open_store
 from p2pnet.orchestrator import messages as m
 from p2pnet.orchestrator.sightings import Sighting, of_history
 from p2pnet.orchestrator.succession import (
+    NETWORKS_MAX,
     Alive,
     AskLease,
     Event,
@@ -31,6 +33,7 @@ from p2pnet.v1 import orchestrator_pb2 as pb
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0  # at what this node keeps and hosts
+LOOK_INTO_STORE_EVERY_S = 30.0
 LEASE_TIMEOUT_S = 1.5
 
 
@@ -41,6 +44,7 @@ class Heir:
         sightings: all networks that this node keeps or hosts.
         holds: the epoch under which this node looks after a network itself, or 0.
         take_over: begins to claim a network; raises P2PNetError.
+        state_url: where logs are that nobody keeps; this node knows those, too.
     """
 
     def __init__(
@@ -50,11 +54,14 @@ class Heir:
         *,
         holds: Callable[[str], int],
         take_over: Callable[[Sighting, str], Awaitable[object]],
+        state_url: str = "",
     ) -> None:
         self._swarm = swarm
         self._look_around = sightings
         self._holds = holds
         self._take_over = take_over
+        self._state_url = state_url
+        self._stored: dict[str, LogInStore] = {}
         self._core = Succession(swarm.keypair.peer_id)
         self._seen: dict[str, Sighting] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -63,6 +70,8 @@ class Heir:
     def start(self) -> None:
         """Begins to watch."""
         self._tasks.spawn(self._look())
+        if self._state_url:
+            self._tasks.spawn(self._look_into_store())
 
     async def close(self) -> None:
         """Ends it."""
@@ -103,6 +112,19 @@ class Heir:
                 self._saw(sighting)
             self.members_changed()
             await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _look_into_store(self) -> None:
+        while True:
+            try:
+                store = await asyncio.to_thread(open_store, self._state_url)
+                for network_id in (await asyncio.to_thread(store.networks))[:NETWORKS_MAX]:
+                    log = self._stored.setdefault(network_id, LogInStore(store, network_id))
+                    sighting = of_history(await log.history())
+                    if sighting is not None:
+                        self._saw(sighting)
+            except P2PNetError as error:
+                logger.warning("the logs in %s cannot be read: %s", self._state_url, error)
+            await asyncio.sleep(LOOK_INTO_STORE_EVERY_S)
 
     def _saw(self, sighting: Sighting) -> None:
         known = self._seen.get(sighting.network_id)

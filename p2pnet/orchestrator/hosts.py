@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from p2pnet.bounded import keep_latest
+
 HEARTBEATS_MISSED_MAX = 2
-SHUNNED_S = 15.0  # how long a host that failed us is not placed on
+SHUNNED_S = 15.0  # how long a host that failed us is not placed on; doubles with each time
+SHUNNED_MAX_S = 900.0
+FAILURES_KEPT = 10_000
 
 
 class HostBook:
@@ -13,6 +17,7 @@ class HostBook:
 
     def __init__(self) -> None:
         self._shunned: dict[str, float] = {}  # until when
+        self._failures: dict[str, int] = {}  # in a row
         self._leaving: dict[str, None] = {}
         self._missed: dict[str, int] = {}
         self._former: dict[str, bool] = {}  # whether it is being told
@@ -29,11 +34,16 @@ class HostBook:
         """The peer is there (again)."""
         self._leaving.pop(peer_id, None)
         self._shunned.pop(peer_id, None)
+        self._failures.pop(peer_id, None)
 
     def shun(self, peer_id: str, now: float) -> None:
-        """Nothing is placed there for a while."""
+        """Nothing is placed there for a while, and each time in a row for longer."""
         self._shunned = {peer: until for peer, until in self._shunned.items() if until > now}
-        self._shunned[peer_id] = now + SHUNNED_S
+        if peer_id in self._shunned:
+            return  # the same failure, seen from another side
+        failures = self._failures.get(peer_id, 0)
+        keep_latest(self._failures, peer_id, failures + 1, FAILURES_KEPT)
+        self._shunned[peer_id] = now + min(SHUNNED_S * 2**failures, SHUNNED_MAX_S)
 
     def well(self, peer_id: str, now: float) -> bool:
         """Whether nothing speaks against a peer at present."""
@@ -47,6 +57,7 @@ class HostBook:
     def answered(self, host: str) -> None:
         """A heartbeat came back."""
         self._missed.pop(host, None)
+        self._failures.pop(host, None)
 
     def missed(self, host: str) -> bool:
         """A heartbeat did not; whether that is one too many."""

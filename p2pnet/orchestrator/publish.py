@@ -78,7 +78,8 @@ class Publisher:
 
     async def close(self) -> None:
         """Lets the records run out."""
-        for key in self._keys:
+        keys, self._keys = self._keys, {}  # once: another may keep them afterwards
+        for key in keys:
             try:
                 await self._swarm.drop_record(key)
             except P2PNetError as error:

@@ -72,7 +72,9 @@ class Orchestrator:
         self._former: dict[str, m.Over] = {}
         self._draining = False
         self._tasks = TaskSet("the orchestrator role")
-        self._heir = Heir(swarm, sightings, holds=self._holds, take_over=self._take_over)
+        self._heir = Heir(
+            swarm, sightings, holds=self._holds, take_over=self._take_over, state_url=state_url
+        )
 
     def services(self) -> dict[str, Mapping[str, Method]]:
         """What gRPC serves."""
@@ -328,6 +330,11 @@ class Orchestrator:
         network = self._networks.get(request.network_id)
         if network is None:
             return pb.LeaseReply(refusal=self._unknown(request.network_id))
+        if not network.core.holds(self._swarm.now()):
+            detail = "the network's log takes nothing of this orchestrator"
+            return pb.LeaseReply(
+                refusal=common_pb2.Refusal(code=common_pb2.REFUSAL_CODE_BUSY, detail=detail)
+            )
         return pb.LeaseReply(epoch=network.core.epoch, lease_s=LEASE_S)
 
     # Asking

@@ -17,6 +17,8 @@ CONNECTIONS_MAX = 512
 INBOUND_CONNECTIONS_MAX = 384
 # Round trips: TCP 1, choosing and making Noise and yamux 4.5, the first stream 1.
 _HANDSHAKE_TRIPS = 6.5
+_ALMOST_S = 0.02
+_CHANNEL_S = 10.0
 _KNOCK_AGAIN_S = 1.0  # a SYN that was lost is sent again, then after twice as long each time
 
 
@@ -57,6 +59,8 @@ class Dialler:
             self._wire.soon(request, None)
             return
         dial = self._dials[asker.number, peer_id] = _Dial(request, candidates)
+        if request.protocol in self._wire.repeated:  # a channel connects for whoever calls next
+            dial.until = max(dial.until, self._world.now + _CHANNEL_S)
         self._next_addr(dial, 0)
 
     def _make_room(self, machine: Machine) -> bool:
@@ -154,8 +158,13 @@ class Dialler:
 
     def _failed(self, dial: _Dial) -> None:
         self._over(dial)
+        now = self._world.now
+        timed_out = now >= dial.until - _ALMOST_S
         for request in dial.waiting:
-            self._wire.finish(request, None, None)
+            if timed_out and request.until > now + _ALMOST_S and request.done is not None:
+                self.dial(request, dial.addrs)  # it has joined one that had less time
+            else:
+                self._wire.finish(request, None, None)
 
     def _over(self, dial: _Dial) -> None:
         dial.over = True

@@ -1,12 +1,14 @@
 """A swarm that trains falls apart, and comes together again (RELIABILITY, R8). Pure.
 
 `kind` 0: two halves; 1: one alone against all others, the one being the orchestrator;
-2: a ring, in which each hears only its two neighbours; 3: one half is not heard by the other.
+2: a ring, in which each hears only its two neighbours; 3: one half is not heard by the other;
+4: two hosts of the network do not reach each other, though everybody else reaches both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from p2pnet.sim.drill import Drill
 from p2pnet.sim.links import Links
@@ -19,7 +21,7 @@ from p2pnet.sim.world import World
 _BEGIN_S = 3.0
 _ONE_VIEW_S = 30.0
 _LIMIT_S = 300.0
-_HALVES, _ALONE, _RING, _DEAF = range(4)
+_HALVES, _ALONE, _RING, _DEAF, _PAIR = range(5)
 
 
 class _Partition:
@@ -39,6 +41,9 @@ class _Partition:
         sides = self._apart(round(self.options["kind"]))
         began_s = self.world.now
         self.world.run_for(self.options["apart_s"])
+        if round(self.options["kind"]) == _PAIR:
+            commits = [at for at, _, _ in self.drill.committed if at > began_s + 1.0]
+            report.expect(bool(commits), "two hosts do not reach each other, and nothing goes on")
         writers = {who for at, who, _ in self.drill.committed if at > began_s + 1.0}
         if sides:
             wrote = [side for side in sides if any(m.number in writers for m in side)]
@@ -58,6 +63,8 @@ class _Partition:
 
     def _apart(self, kind: int) -> list[Sequence[Machine]]:
         links, machines = self.world.links, [node.machine for node in self.orchestra.nodes]
+        if kind == _PAIR:
+            return self._part_a_pair()
         feeder = self.job.feeder.machine
         first = [run.machine for run in self.orchestra.conductors(self.job)][:1]
         shuffled = self.rng.sample(machines, len(machines))
@@ -85,6 +92,16 @@ class _Partition:
         self.drill.say(f"apart: {[m.number for m in one]} | the others")
         return [one, other]
 
+    def _part_a_pair(self) -> list[Sequence[Machine]]:
+        placement = self.orchestra.conductors(self.job)[0].core.placement
+        hosts = [self.world.by_id[placement[vnode]] for vnode in self.job.graph.vnodes()]
+        pairs = [(a, b) for a, b in pairwise(hosts) if a is not b]
+        if pairs:
+            one, other = self.rng.choice(pairs)
+            self.world.links.cut(one, other, both_ways=True)
+            self.drill.say(f"{one.number} and {other.number} do not reach each other")
+        return []
+
 
 def _run(nodes: int, seed: int, options: Mapping[str, float]) -> Report:
     report = Report("partition", nodes, seed)
@@ -102,7 +119,7 @@ SCENARIO = Scenario(
     nodes_min=6,
     nodes_max=200,
     options={
-        "kind": 0.0,  # 0: halves, 1: one alone, 2: a ring, 3: one half is deaf
+        "kind": 0.0,  # 0: halves, 1: one alone, 2: a ring, 3: one half is deaf, 4: a pair
         "apart_s": 60.0,
         "steps": 60.0,
         "compute_s": 0.05,
