@@ -124,7 +124,7 @@ class Networks(Connection):
         if not newest.keepers:
             names += await self._some_hosts(newest)
         leases: list[tuple[int, str]] = []
-        closed: RefusedError | None = None
+        closed: list[RefusedError] = []
         for _ in range(2):  # the second time those whom the first have named
             peers = [peer for peer in dict.fromkeys(names) if peer not in asked]
             asked |= dict.fromkeys(peers)
@@ -139,7 +139,7 @@ class Networks(Connection):
                 if not lease.HasField("refusal"):
                     leases.append((lease.epoch, peer))
                 elif lease.refusal.code == _CLOSED:
-                    closed = RefusedError(lease.refusal.detail, code=_CLOSED)
+                    closed.append(RefusedError(lease.refusal.detail, code=_CLOSED))
                 elif lease.refusal.host:
                     names.append(lease.refusal.host)
         if leases:
@@ -147,8 +147,9 @@ class Networks(Connection):
             found = replace(newest, orchestrator=peer, epoch=epoch)
             keep_latest(self._located, network.network_id, found, NETWORKS_MAX)
             return found
-        if closed is not None:
-            raise closed
+        # One alone may lie, where there are others to ask.
+        if len(closed) > 1 or (closed and len(asked) == 1):
+            raise closed[0]
         return newest
 
     async def ask(

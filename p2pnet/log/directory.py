@@ -43,10 +43,10 @@ class DirectoryLog:
         if entry.slot != slot or slot > SLOT_MAX:
             raise LocalError(f"a log entry for slot {entry.slot} was to be put into slot {slot}")
         folder = self._root / entry.network_id
-        if slot > 1 and not _path(folder, slot - 1).exists():
-            raise LocalError(f"slot {slot} of the log in {folder} comes after an empty one")
         path = _path(folder, slot)
         try:
+            if slot > 1 and not _path(folder, slot - 1).exists():
+                raise LocalError(f"slot {slot} of the log in {folder} comes after an empty one")
             if not folder.is_dir():
                 folder.mkdir(parents=True, exist_ok=True)
                 _sync(folder.parent)

@@ -165,6 +165,13 @@ def keepers_of_next(history: History, signed: common_pb2.Signed) -> tuple[str, .
     return tuple(open_charter(history.network_id, parse_entry(signed).claim.manifest).keepers)
 
 
+def deciders_of_last(history: History) -> tuple[str, ...]:
+    """Who has decided the last entry of a log on peers."""
+    if len(history.entries) > 1:
+        return tuple(parse_entry(history.entries[-2]).keepers)
+    return () if history.charter is None else tuple(history.charter.keepers)
+
+
 def new_claim(
     history: History,
     key: KeyPair,

@@ -3,19 +3,34 @@
 Single-decree Paxos for each slot (Lamport 2001, "Paxos made simple"), over the
 keepers that the entry before names (of the first slot, that the manifest names),
 as in CASPaxos (Rystsov 2018). Only the next slot of a log is open; what is decided
-stays for ever and is told to whoever asks. Beyond Paxos a keeper knows the log's
+stays and is told to whoever asks. Beyond Paxos a keeper knows the log's
 rules and refuses what would not count, signs what it accepts, and takes nothing
 for decided without a majority's votes (see `proof`).
 
-A `Persist` comes before the `Reply` that depends on it: it has to be on disk
-before the reply leaves. An event that is refused raises a RemoteError and changes
-nothing.
+Room. Where it runs out, logs that are of no use here any more go (`KeptLog.use`).
+An acceptor that forgot would break Paxos, so none does:
+- of promises alone the highest ballot is kept, one for all such logs (`_floor`):
+  to promise more than was asked for is always safe;
+- in all slots that this keeper may have voted in, of any other log, it takes part
+  no more (`Gone`): Paxos bears keepers that are dead. It may learn them again, by
+  proofs, like anybody;
+- a log that others keep goes only when they have decided a slot: a majority of
+  them then has all slots before it, so there are as many copies as of any entry.
+
+Ballots cannot be used up: their rounds go no further than this keeper's clock
+(`ROUND_AHEAD`), so who drives them to the end is outdone a millisecond later. A
+bound to how far one Prepare may jump would not do: two keepers that are driven to
+different heights leave the third out of anybody's reach.
+
+A `Persist` or `Forget` comes before the `Reply` that depends on it: it has to be on
+disk before the reply leaves. An event that is refused raises a RemoteError and
+changes nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Self
 
 from google.protobuf.message import DecodeError
@@ -31,13 +46,20 @@ from p2pnet.log.history import (
     check_entry,
     keepers_of_next,
     manifest_grants,
+    open_charter,
 )
-from p2pnet.log.proof import BallotKey, take_decided, vote
+from p2pnet.log.kept import KEPT_S, Gone, KeptLog, decided_record
+from p2pnet.log.kept import to_ballot as to_ballot
+from p2pnet.log.kept import to_key as to_key
+from p2pnet.log.proof import BallotKey, vote
 from p2pnet.v1 import common_pb2, log_pb2
 
 NETWORKS_MAX = 1_024
 UNCLAIMED_MAX = 16  # logs without an entry, of one caller
-ROUND_MAX = 2**32
+GONE_MAX = 16_384  # logs given up that have to be remembered
+ROUND_AHEAD = 24 * 3600 * 1000  # ms: rounds are at most the wall clock's ms since 1970, and this
+ROUND_STEP = 2**16  # and whatever the clock says, this much above the one promised
+ROUND_MAX = 2**62
 BYTES_MAX = 256 << 20  # of all logs kept
 READ_BYTES_MAX = 2 << 20  # of one reply to ReadLog, or the first entry
 BATCH_ENTRIES = 32  # of one Learn or ReadLog: each costs its checker about 1 ms
@@ -45,10 +67,11 @@ BATCH_ENTRIES = 32  # of one Learn or ReadLog: each costs its checker about 1 ms
 
 @dataclass(frozen=True, slots=True)
 class Prepare:
-    """`caller` is the peer id that the channel has proved."""
+    """`caller` is the peer id that the channel has proved. `wall_ms` since 1970; 0: unknown."""
 
     caller: str
     request: log_pb2.PrepareRequest
+    wall_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +80,7 @@ class Accept:
 
     caller: str
     request: log_pb2.AcceptRequest
+    wall_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +108,16 @@ class Persist:
 
 
 @dataclass(frozen=True, slots=True)
+class Forget:
+    """Take away what is kept of a network in slots from 1 on, the highest first.
+
+    After the `Persist`s before it are synced. A crash in between leaves a log that is shorter.
+    """
+
+    network_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """The answer to the event."""
 
@@ -91,35 +125,10 @@ class Reply:
 
 
 Event = Prepare | Accept | Learn | Read | Tick
-Effect = Persist | Reply
+Effect = Persist | Forget | Reply
 
-
-@dataclass(slots=True)
-class _Log:
-    history: History
-    proofs: list[log_pb2.Proof] = field(default_factory=list)  # one an entry
-    promised: BallotKey | None = None
-    accepted: BallotKey | None = None
-    entry: common_pb2.Signed | None = None  # what was accepted
-
-    @property
-    def size_bytes(self) -> int:
-        return self.history.size_bytes + (len(self.entry.payload) if self.entry else 0)
-
-    def decide(self, signed: common_pb2.Signed, proof: log_pb2.Proof) -> None:
-        take_decided(signed, proof, self.history)
-        self.proofs.append(proof)
-        self.promised = self.accepted = self.entry = None
-
-    def open_record(self) -> bytes:
-        """The durable state of the open slot."""
-        record = log_pb2.PrepareReply(promised=self.promised is not None)
-        if self.promised is not None:
-            record.ballot.CopyFrom(to_ballot(self.promised))
-        if self.accepted is not None and self.entry is not None:
-            record.accepted.CopyFrom(to_ballot(self.accepted))
-            record.entry.CopyFrom(self.entry)
-        return record.SerializeToString(deterministic=True)
+_FLOOR = ("floor", 0)  # where the floor is kept
+_GONE = 0  # the slot under which a network's `Gone` is kept
 
 
 class Keeper:
@@ -129,7 +138,10 @@ class Keeper:
         self._key = key
         self._me = key.peer_id
         self._grants = grants
-        self._logs: dict[str, _Log] = {}
+        self._logs: dict[str, KeptLog] = {}
+        self._gone: dict[str, Gone] = {}
+        self._floor: BallotKey | None = None  # the highest ballot of promises that are gone
+        self._began: float | None = None
 
     # --- the core ---
 
@@ -140,12 +152,14 @@ class Keeper:
             MalformedError, ForgedError: the request does not hold.
             RefusedError: not granted, not kept here, or full.
         """
+        if self._began is None:
+            self._began = now
         if isinstance(event, Prepare):
-            return self._prepare(event.caller, event.request)
+            return self._prepare(event, now)
         if isinstance(event, Accept):
-            return self._accept(event.caller, event.request)
+            return self._accept(event, now)
         if isinstance(event, Learn):
-            return self._learn(event.caller, event.request)
+            return self._learn(event.caller, event.request, now)
         if isinstance(event, Read):
             return [Reply(self._read(event.request))]
         return []
@@ -161,7 +175,9 @@ class Keeper:
             if log.accepted is not None:
                 assert log.promised is not None
                 assert log.promised >= log.accepted
+            assert log.history.entries or log.promised is not None
         assert len(self._logs) <= NETWORKS_MAX
+        assert len(self._gone) <= GONE_MAX
 
     def history(self, network_id: str) -> History | None:
         """What is known to be decided, or None; not to be changed."""
@@ -175,11 +191,13 @@ class Keeper:
     # --- durable state ---
 
     def dump(self) -> dict[tuple[str, int], bytes]:
-        """All that `Persist` effects have said so far, by (network id, slot)."""
-        records: dict[tuple[str, int], bytes] = {}
+        """All that is kept after the effects so far, by (network id, slot)."""
+        records = {(network_id, _GONE): gone.record() for network_id, gone in self._gone.items()}
+        if self._floor is not None:
+            records[_FLOOR] = _floor_record(self._floor)
         for network_id, log in sorted(self._logs.items()):
             for slot, signed in enumerate(log.history.entries, start=1):
-                records[network_id, slot] = _decided_record(signed, log.proofs[slot - 1])
+                records[network_id, slot] = decided_record(signed, log.proofs[slot - 1])
             if log.promised is not None:
                 records[network_id, log.history.next_slot] = log.open_record()
         return records
@@ -191,7 +209,7 @@ class Keeper:
         records: Mapping[tuple[str, int], bytes],
         grants: Grants = manifest_grants,
     ) -> Self:
-        """A keeper with the state that `dump` or `Persist` effects gave.
+        """A keeper with the state that `dump` or the effects gave.
 
         Raises:
             LocalError: a record is damaged or missing, and which.
@@ -199,8 +217,15 @@ class Keeper:
         keeper = cls(key, grants)
         for network_id, slot in sorted(records):
             try:
-                record = log_pb2.PrepareReply.FromString(records[network_id, slot])
-                log = keeper._logs.setdefault(network_id, _Log(History(network_id, grants)))
+                data = records[network_id, slot]
+                if (network_id, slot) == _FLOOR:
+                    keeper._floor = to_key(log_pb2.PrepareReply.FromString(data).ballot)
+                    continue
+                if slot == _GONE:
+                    keeper._gone[network_id] = Gone.parse(data)
+                    continue
+                record = log_pb2.PrepareReply.FromString(data)
+                log = keeper._logs.setdefault(network_id, KeptLog(History(network_id, grants)))
                 if slot != log.history.next_slot or log.promised is not None:
                     raise MalformedError("the record before it is missing")
                 if record.decided:
@@ -219,7 +244,8 @@ class Keeper:
 
     # --- Paxos ---
 
-    def _prepare(self, caller: str, request: log_pb2.PrepareRequest) -> list[Effect]:
+    def _prepare(self, event: Prepare, now: float) -> list[Effect]:
+        caller, request = event.caller, event.request
         log = self._find(caller, request.network_id)
         if decided := log.history.entry(request.slot):
             proof = log.proofs[request.slot - 1]
@@ -227,15 +253,20 @@ class Keeper:
         if request.slot != log.history.next_slot:
             behind = log_pb2.PrepareReply(next_slot=log.history.next_slot)
             return [Reply(behind)]  # no ballot: "tell me what came before"
-        ballot = self._ballot(caller, request.ballot, log)
+        if not log.history.entries:
+            # Else anybody could make logs here, of networks that are nowhere.
+            self._check_granted(request.network_id, request.manifest, caller)
+            charter = open_charter(request.network_id, request.manifest)
+            self._check_named(list(charter.keepers))
+        ballot = self._ballot(caller, request.ballot, log, event.wall_ms)
         # Never the same ballot twice: a proposer that has restarted may use one anew,
         # for another entry.
         promised = log.promised is None or ballot > log.promised
         effects: list[Effect] = []
         if promised:
-            self._check_room(log, caller)
+            effects += self._give_up(self._in_the_way(log, caller, now))
             self._logs[request.network_id] = log
-            log.promised = ballot
+            log.promised, log.used_at = ballot, now
             effects.append(_persist(log))
         assert log.promised is not None
         reply = log_pb2.PrepareReply(promised=promised, ballot=to_ballot(log.promised))
@@ -244,16 +275,18 @@ class Keeper:
             reply.entry.CopyFrom(log.entry)
         return [*effects, Reply(reply)]
 
-    def _accept(self, caller: str, request: log_pb2.AcceptRequest) -> list[Effect]:
+    def _accept(self, event: Accept, now: float) -> list[Effect]:
+        caller, request = event.caller, event.request
         log = self._find(caller, request.network_id)
         if request.slot != log.history.next_slot:
             return [Reply(log_pb2.AcceptReply())]  # decided already, or still unknown here
-        ballot = self._ballot(caller, request.ballot, log)
+        ballot = self._ballot(caller, request.ballot, log, event.wall_ms)
         if log.promised is not None and ballot < log.promised:
             return [Reply(log_pb2.AcceptReply(ballot=to_ballot(log.promised)))]
-        check_entry(request.entry, log.history)
-        if self._me not in keepers_of_next(log.history, request.entry):
-            raise _refused("NOT_HOSTED", "the network's manifest names other keepers")
+        entry = check_entry(request.entry, log.history)
+        if not log.history.entries:
+            self._check_granted(request.network_id, entry.claim.manifest, caller)
+        self._check_named(keepers_of_next(log.history, request.entry))
         signature = vote(self._key, request.ballot, request.entry)
         reply = Reply(log_pb2.AcceptReply(accepted=True, ballot=to_ballot(ballot), vote=signature))
         if log.accepted == ballot and log.entry is not None:
@@ -261,14 +294,17 @@ class Keeper:
             if log.entry.payload != request.entry.payload:
                 raise ForgedError("two entries were proposed under one ballot")
             return [reply]
-        self._check_room(log, caller, request.entry)
+        effects = self._give_up(self._in_the_way(log, caller, now, request.entry))
         self._logs[request.network_id] = log
         log.promised = log.accepted = ballot
-        log.entry = request.entry
-        return [_persist(log), reply]
+        log.entry, log.used_at = request.entry, now
+        return [*effects, _persist(log), reply]
 
-    def _learn(self, caller: str, request: log_pb2.LearnRequest) -> list[Effect]:
-        log = self._find(caller, request.network_id, request.entries[:1])
+    def _learn(self, caller: str, request: log_pb2.LearnRequest, now: float) -> list[Effect]:
+        log = self._find(caller, request.network_id)
+        if log.history.manifest is None and request.entries:
+            first = parse_entry(request.entries[0])
+            self._check_granted(request.network_id, first.claim.manifest, caller)
         effects: list[Effect] = []
         if len(request.proofs) != len(request.entries):
             raise MalformedError("entries are said to be decided without proofs")
@@ -284,24 +320,26 @@ class Keeper:
                     continue
                 if slot > log.history.next_slot:
                     break  # a gap: who needs us to know tells us from the start, when we ask
-                self._check_room(log, caller, signed)
+                in_the_way = self._in_the_way(log, caller, now, signed)
                 log.decide(signed, proof)
-                self._logs[request.network_id] = log
             except RemoteError:
                 if effects:
                     break  # what came before it is learned and has to be kept
                 raise
-            effects.append(Persist(request.network_id, slot, _decided_record(signed, proof)))
+            effects += self._give_up(in_the_way)
+            self._logs[request.network_id] = log
+            log.used_at = now
+            effects.append(Persist(request.network_id, slot, decided_record(signed, proof)))
         return [*effects, Reply(log_pb2.LearnReply())]
 
     def _read(self, request: log_pb2.ReadLogRequest) -> log_pb2.ReadLogReply:
         check_network_id(request.network_id)
         reply = log_pb2.ReadLogReply()
         log = self._logs.get(request.network_id)
+        next_slot = 1 if log is None else log.history.next_slot
         size_bytes = 0
-        if log is None:
-            return reply
-        for slot in range(max(1, request.from_slot), log.history.next_slot):
+        for slot in range(max(1, request.from_slot), next_slot):
+            assert log is not None
             signed = log.history.entries[slot - 1]
             size_bytes += len(signed.payload)
             full = size_bytes > READ_BYTES_MAX or len(reply.entries) == BATCH_ENTRIES
@@ -309,31 +347,58 @@ class Keeper:
                 break
             reply.entries.append(signed)
             reply.proofs.append(log.proofs[slot - 1])
+        gone = self._gone.get(request.network_id)
+        if gone is not None and next_slot < gone.next_slot and not reply.entries:
+            # "Nothing more is known" would be a lie, and a majority of lies an empty log.
+            if not gone.keepers or gone.closed:
+                raise _refused_gone(gone)
+            reply.keepers.extend(gone.keepers)
         return reply
 
     # --- checks ---
 
-    def _find(self, caller: str, network_id: str, first: Sequence[common_pb2.Signed] = ()) -> _Log:
+    def _find(self, caller: str, network_id: str) -> KeptLog:
         """The log, or a new one that is not held yet; refuses whom the owner has not granted."""
         check_network_id(network_id)
-        log = self._logs.get(network_id) or _Log(History(network_id, self._grants))
-        manifest = log.history.manifest
-        if manifest is None and first:
-            manifest = parse_entry(first[0]).claim.manifest
-        if manifest is not None and not self._grants(network_id, manifest, caller):
-            raise _refused("NOT_GRANTED", f"the owner does not let {caller} write this log")
+        log = self._logs.get(network_id)
+        if log is None:
+            gone = self._gone.get(network_id)
+            if gone is not None and gone.closed:
+                raise _refused_gone(gone)
+            log = KeptLog(History(network_id, self._grants), promised=self._floor)
+        if log.history.manifest is not None:
+            self._check_granted(network_id, log.history.manifest, caller)
         return log
 
-    def _ballot(self, caller: str, ballot: log_pb2.Ballot, log: _Log) -> BallotKey:
+    def _check_granted(self, network_id: str, manifest: common_pb2.Signed, caller: str) -> None:
+        if not self._grants(network_id, manifest, caller):
+            raise _refused("NOT_GRANTED", f"the owner does not let {caller} write this log")
+
+    def _check_named(self, keepers: Sequence[str]) -> None:
+        if self._me not in keepers:
+            raise _refused("NOT_HOSTED", "the network's manifest names other keepers")
+
+    def _ballot(self, caller: str, ballot: log_pb2.Ballot, log: KeptLog, wall_ms: int) -> BallotKey:
         if ballot.proposer != caller or not 1 <= ballot.round <= ROUND_MAX:
             raise MalformedError("a ballot is not its proposer's own, or has no possible round")
+        step_max = (log.promised[0] if log.promised else 0) + ROUND_STEP
+        if ballot.round > max(wall_ms + ROUND_AHEAD, step_max):
+            raise MalformedError("a ballot is of a round that is still to come")
         if log.history.keepers and self._me not in log.history.keepers:
             raise _refused("NOT_HOSTED", "this peer is not a keeper of that slot")
+        gone = self._gone.get(log.history.network_id)
+        if gone is not None and log.history.next_slot < gone.next_slot:
+            raise _refused_gone(gone)  # it may have voted there
         return to_key(ballot)
 
-    def _check_room(self, log: _Log, caller: str, entry: common_pb2.Signed | None = None) -> None:
-        """Raises RefusedError where there is no room for a log, or for an entry in it."""
+    # --- room ---
+
+    def _in_the_way(
+        self, log: KeptLog, caller: str, now: float, entry: common_pb2.Signed | None = None
+    ) -> list[str]:
+        """Which logs have to go for `log`, or an entry in it; RefusedError: none may."""
         network_id = log.history.network_id
+        going: list[str] = []
         if network_id not in self._logs:
             # Nobody has claimed them yet, so nothing says that they are anyone's.
             unclaimed = sum(
@@ -341,31 +406,76 @@ class Keeper:
                 for other in self._logs.values()
                 if not other.history.entries and other.promised and other.promised[1] == caller
             )
-            if len(self._logs) >= NETWORKS_MAX or unclaimed >= UNCLAIMED_MAX:
-                raise _refused("BUSY", "this peer keeps as many logs as it can")
-        if entry is not None:
-            held = sum(other.size_bytes for other in self._logs.values())
-            if held + len(entry.payload) > BYTES_MAX:
-                raise _refused("NO_MEMORY", "this peer's room for logs is full")
+            if unclaimed >= UNCLAIMED_MAX:
+                raise _refused("BUSY", "this peer keeps as many logs of yours as it may")
+            if len(self._logs) >= NETWORKS_MAX:
+                going = self._spare(log, now)[:1]
+                if not going:
+                    raise _refused("BUSY", "this peer keeps as many logs as it can")
+        if entry is None:
+            return going
+        held = len(entry.payload) + sum(
+            other.size_bytes for name, other in self._logs.items() if name not in going
+        )
+        if held > BYTES_MAX:
+            for name in self._spare(log, now):
+                size_bytes = self._logs[name].size_bytes
+                if held > BYTES_MAX and size_bytes and name not in going:
+                    going.append(name)
+                    held -= size_bytes
+        if held > BYTES_MAX:
+            raise _refused("NO_MEMORY", "this peer's room for logs is full")
+        return going
+
+    def _spare(self, wanted: KeptLog, now: float) -> list[str]:
+        """The logs that may go, who is missed least and longest unused first."""
+        assert self._began is not None
+        found: list[tuple[int, float, str]] = []
+        places = GONE_MAX - len(self._gone)
+        for network_id, log in self._logs.items():
+            used_at = self._began if log.used_at is None else log.used_at
+            use = log.use(self._me)
+            idle = use == 0 or (use < 4 and now - used_at >= KEPT_S)
+            if idle and log is not wanted:
+                found.append((use, used_at, network_id))
+        spare: list[str] = []
+        for use, _, network_id in sorted(found):
+            if use and network_id not in self._gone:
+                if not places:
+                    continue
+                places -= 1
+            spare.append(network_id)
+        return spare
+
+    def _give_up(self, networks: Sequence[str]) -> list[Effect]:
+        effects: list[Effect] = []
+        for network_id in networks:
+            log = self._logs.pop(network_id)
+            if log.use(self._me) == 0:
+                assert log.promised is not None
+                self._floor = max(self._floor or log.promised, log.promised)
+                effects.append(Persist(*_FLOOR, _floor_record(self._floor)))
+            else:
+                gone = Gone.of(log, self._gone.get(network_id))
+                self._gone[network_id] = gone
+                effects.append(Persist(network_id, _GONE, gone.record()))
+            effects.append(Forget(network_id))
+        return effects
 
 
-def to_ballot(key: BallotKey) -> log_pb2.Ballot:
-    """A ballot as it travels."""
-    return log_pb2.Ballot(round=key[0], proposer=key[1])
-
-
-def to_key(ballot: log_pb2.Ballot) -> BallotKey:
-    """A ballot as it is compared."""
-    return ballot.round, ballot.proposer
-
-
-def _persist(log: _Log) -> Persist:
+def _persist(log: KeptLog) -> Persist:
     return Persist(log.history.network_id, log.history.next_slot, log.open_record())
 
 
-def _decided_record(signed: common_pb2.Signed, proof: log_pb2.Proof) -> bytes:
-    record = log_pb2.PrepareReply(decided=True, entry=signed, proof=proof)
+def _floor_record(floor: BallotKey) -> bytes:
+    record = log_pb2.PrepareReply(promised=True, ballot=to_ballot(floor))
     return record.SerializeToString(deterministic=True)
+
+
+def _refused_gone(gone: Gone) -> RefusedError:
+    if gone.closed:
+        return _refused("CLOSED", "the network's owner has ended it, and its log is gone here")
+    return _refused("NOT_HOSTED", "this peer does not keep that slot any more")
 
 
 def _refused(code: str, detail: str) -> RefusedError:

@@ -92,6 +92,11 @@ class LogOnPeers(Log):
                 raise ForgedError(f"slot {slot} of the log holds another entry")
             return self._known
 
+    @property
+    def size_bytes(self) -> int:
+        """See `Log`."""
+        return self._known.size_bytes
+
     async def close(self) -> None:
         """See `Log`."""
         await self._tasks.close()

@@ -17,7 +17,7 @@ from p2pnet.core import Tick
 from p2pnet.errors import RemoteError
 from p2pnet.keys import short
 from p2pnet.log.entry import parse_entry
-from p2pnet.log.history import History, check_entry, keepers_of_next
+from p2pnet.log.history import History, check_entry, deciders_of_last, keepers_of_next
 from p2pnet.log.keeper import BATCH_ENTRIES, ROUND_MAX, to_ballot, to_key
 from p2pnet.log.proof import BallotKey, check_decided, check_vote, majority, prove
 from p2pnet.v1 import common_pb2, log_pb2
@@ -197,9 +197,12 @@ class Proposer:
         ]
 
     def _prepare(self) -> log_pb2.PrepareRequest:
-        return log_pb2.PrepareRequest(
+        request = log_pb2.PrepareRequest(
             network_id=self._network_id, slot=self._slot, ballot=to_ballot(self._ballot)
         )
+        if self._slot == 1:
+            request.manifest.CopyFrom(parse_entry(self._entry).claim.manifest)
+        return request
 
     # --- answers ---
 
@@ -289,9 +292,11 @@ class Proposer:
         proofs = {**self._proofs, self._slot: proof}
         tail = learn_requests(self._network_id, [entry], proofs)
         everything = learn_requests(self._network_id, [*self._history.entries, entry], proofs)
+        # Who kept it before hears that others do, and may give it up.
+        former = [keeper for keeper in deciders_of_last(self._history) if keeper not in old]
         return [
             Decided(entry, proof, ours=entry.payload == self._entry.payload),
-            *(Send(keeper, tail) for keeper in old),
+            *(Send(keeper, tail) for keeper in (*old, *former) if keeper not in new),
             *(Send(keeper, everything) for keeper in new),
         ]
 

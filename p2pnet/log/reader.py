@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from p2pnet.core import Tick
+from p2pnet.dht.manifest import check_keepers
 from p2pnet.errors import ForgedError, RemoteError
 from p2pnet.keys import short
 from p2pnet.log.history import History
@@ -29,6 +30,7 @@ GRACE_S = 0.3  # for who knows more than a majority, once a majority has answere
 ROUNDS_MAX = 4
 PAUSE_S = 0.1  # before the second round; it doubles with each
 ROUND_TIMEOUT_S = 2.0
+NAMED_MAX = 32  # peers that others have named as keepers, and that are asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ class LogReader:
         self._grace: float | None = None  # when we wait no more, having a majority
         self._round_ends = 0.0
         self._resumes: float | None = None  # between two rounds
+        self._named = 0
         self._done = False
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -182,6 +185,8 @@ class LogReader:
     def _take(
         self, keeper: str, from_slot: int, reply: log_pb2.ReadLogReply, now: float
     ) -> list[Effect]:
+        if reply.keepers:
+            return self._take_hint(keeper, reply.keepers)
         if not reply.entries:
             self._told[keeper] = None
             return []
@@ -209,6 +214,18 @@ class LogReader:
         self._round_ends = now + ROUND_TIMEOUT_S
         unheard = [who for who in self._keepers() if not self._is_heard(who)]
         return [*found, *self._ask(dict.fromkeys((keeper, *unheard)))]
+
+    def _take_hint(self, keeper: str, named: Sequence[str]) -> list[Effect]:
+        """It keeps the log no longer, and says who does: nothing but a hint where to ask."""
+        self._no[keeper] = "keeps it no longer"
+        try:
+            check_keepers(named)
+        except RemoteError as error:
+            self._no[keeper] = str(error)
+            return []
+        unheard = [who for who in named if not self._is_heard(who)][: NAMED_MAX - self._named]
+        self._named += len(unheard)
+        return self._ask(dict.fromkeys(unheard))
 
     def _ask_later(self, now: float) -> list[Effect]:
         """Who was behind the teller is asked when he has told all: a long log comes once."""

@@ -50,6 +50,11 @@ class Log(ABC):
             MalformedError: no entry at all.
         """
 
+    @property
+    @abstractmethod
+    def size_bytes(self) -> int:
+        """Of the entries that are known: they are kept in memory for the next call."""
+
     @abstractmethod
     async def close(self) -> None:
         """Ends what is under way."""

@@ -41,6 +41,7 @@ BACKOFF_MAX_S = 60.0
 IMPROVE_S = 30.0
 KEEPER_GONE_S = 30.0
 LOG_PATIENCE_S = 60.0
+WELL_S = 60.0
 RELOCATIONS_KEPT = 1000
 
 STALE = common_pb2.REFUSAL_CODE_STALE_EPOCH
@@ -123,6 +124,7 @@ class Conductor:
         self._disagreed = ""  # why the present allocation has failed
         self._move: Move | None = None
         self._resume_at: float | None = None
+        self._ready_at = 0.0
         self._improve_at = 0.0
         self._keepers_at: float | None = None  # when a lost keeper is replaced
         self._relocations: list[orchestrator_pb2.Relocation] = []
@@ -222,6 +224,11 @@ class Conductor:
         Others may reach the log's keepers. If they do, they claim; if not, nothing is lost.
         """
         return self._waits_for_log is None or now < self._waits_for_log + LOG_PATIENCE_S
+
+    def needs(self, peer_id: str) -> bool:
+        """Whether a peer hosts a VNode, is about to, or keeps the log."""
+        hosts = (*self.placement.values(), *self._chosen.values())
+        return peer_id in hosts or peer_id in self.history.keepers
 
     def locations(self) -> list[pnode_pb2.Location]:
         """Where every VNode lives."""
@@ -330,6 +337,7 @@ class Conductor:
 
     def _log_read(self, event: m.LogRead) -> None:
         self._reading = False
+        self._waits_for_log = None
         commit, states = self.history.commit, self.states
         if self._appending is None:  # else the answer to that will tell
             try:
@@ -418,6 +426,7 @@ class Conductor:
         if self._waits_for_log is None:
             self._waits_for_log = self._desk.now
         if what is _Entry.CLOSING:
+            self._waits_for_log = None  # and nothing else waits
             self._asks.closed(FAILED, f"the log cannot be written: {reason}")
         if what is _Entry.COMMIT:
             self._training.not_committed(reason)
@@ -440,6 +449,7 @@ class Conductor:
 
     def _committed(self, before: Mapping[str, common_pb2.BlobRef]) -> None:
         self._futile = 0
+        self._desk.hosts.forgive()
         self._training.committed(before)
         if self.phase is Phase.READY:
             self._move_on()
@@ -454,6 +464,8 @@ class Conductor:
             self._recover(reason)
 
     def _recover(self, reason: str) -> None:
+        if self._desk.ready and self._desk.now >= self._ready_at + WELL_S:
+            self._futile = 0  # it went well for a while, commits or not
         self._interrupt(reason)
         self._futile += 1
         if self._futile > FUTILE_MAX:
@@ -598,6 +610,7 @@ class Conductor:
         desk.ready = True
         desk.state, desk.detail = "ready", ""
         self._noticed_at, self._tries = None, 0
+        self._ready_at = desk.now
         self._improve_at = desk.now + IMPROVE_S
         self._keepers_at = None
         desk.out.append(m.Publish(desk.epoch, tuple(self._acceptances), desk.history.keepers))
@@ -707,7 +720,7 @@ class Conductor:
         lost = desk.lost_keeper
         if not lost or self.phase is not Phase.READY:
             return
-        if patient:
+        if patient or not desk.log_has_majority:
             if self._keepers_at is None:
                 self._keepers_at = desk.now + KEEPER_GONE_S
         elif self._training.feeding:

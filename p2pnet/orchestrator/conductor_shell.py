@@ -76,11 +76,13 @@ class ConductedNetwork:
         """Hands the core an event and carries out what comes of it."""
         if self._stopped:
             return
-        for effect in self.core.handle(event, self._swarm.now()):
-            self._carry_out(effect)
-        if self.core.phase is Phase.READY:
-            self.settled.set()
-        self._set_timer()
+        try:
+            for effect in self.core.handle(event, self._swarm.now()):
+                self._carry_out(effect)
+            if self.core.phase is Phase.READY:
+                self.settled.set()
+        finally:
+            self._set_timer()
 
     async def ask(self, make: Callable[[int], m.Event], timeout_s: float) -> None:
         """Asks the core for something and waits for its answer.
@@ -129,15 +131,17 @@ class ConductedNetwork:
     def _carry_out(self, effect: m.Effect) -> None:
         match effect:
             case m.ReadLog():
-                self._spawn(self._read(effect))
+                self._spawn(self._read(effect), m.LogSilent(OUR_ERROR))
             case m.Append():
-                self._spawn(self._append(effect))
+                self._spawn(self._append(effect), m.NotAppended(OUR_ERROR))
             case m.MakePlan():
                 self._spawn(self._planner.plan(effect), m.Planned(effect.purpose, None, OUR_ERROR))
             case m.MakeReady():
-                self._spawn(self._make_ready(effect))
+                self._spawn(self._make_ready(effect), m.HostReady(effect.host, OUR_ERROR))
             case m.Allocate():
-                self._spawn(self._allocate(effect))
+                epoch = int(effect.request.epoch)
+                failed = m.NotAllocated(effect.host, epoch, OUR_ERROR)
+                self._spawn(self._allocate(effect), failed)
             case m.Publish():
                 publish = self._publisher.publish(
                     effect.epoch, effect.acceptances, self.core.graph.vnodes(), effect.keepers
@@ -146,11 +150,13 @@ class ConductedNetwork:
             case m.Withdraw():
                 self._tasks.spawn(self._publisher.close())
             case m.Beat():
-                self._spawn(self._beat(effect))
+                epoch = int(effect.request.epoch)
+                self._spawn(self._beat(effect), m.NotBeaten(effect.host, epoch, OUR_ERROR))
             case m.Release():
-                self._spawn(self._release(effect))
+                self._spawn(self._release(effect), m.Released(effect.host, heard=False))
             case m.Store():
-                self._spawn(self._store(effect))
+                unstored = m.NotStored(effect.host, effect.epoch, effect.step, OUR_ERROR)
+                self._spawn(self._store(effect), unstored)
             case m.Retain():
                 self._tasks.spawn(self._retain(effect))
             case m.Tell():
@@ -168,7 +174,7 @@ class ConductedNetwork:
                 logger.warning("network %s: %s", self.core.graph.name, effect.reason)
                 self._on_over(self, effect)
 
-    def _spawn(self, job: Coroutine[Any, Any, m.Event], instead: m.Event | None = None) -> None:
+    def _spawn(self, job: Coroutine[Any, Any, m.Event], instead: m.Event) -> None:
         """Feeds back what comes of an effect; after an error of ours `instead`."""
 
         async def run() -> None:
@@ -176,8 +182,6 @@ class ConductedNetwork:
                 event = await job
             except Exception:
                 logger.exception("network %s: %s", self.core.graph.name, OUR_ERROR)
-                if instead is None:
-                    raise
                 event = instead
             self.feed(event)
 

@@ -79,6 +79,12 @@ class Desk:
         staying = self.next_keepers
         return next((peer for peer in keepers if peer not in staying), "")
 
+    @property
+    def log_has_majority(self) -> bool:
+        """Whether enough keepers are among the living."""
+        keepers = self.history.keepers
+        return 2 * sum(keeper in self.alive for keeper in keepers) > len(keepers)
+
     def locations(self) -> list[pnode_pb2.Location]:
         """Where every VNode lives."""
         return [

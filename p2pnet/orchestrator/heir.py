@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 
+from p2pnet.bounded import keep_latest
 from p2pnet.core import Tick
 from p2pnet.dht.keyspace import network_key, peer_position, position
 from p2pnet.errors import P2PNetError, RemoteError
@@ -19,6 +20,7 @@ from p2pnet.orchestrator.succession import (
     AskLease,
     Event,
     Failed,
+    Forget,
     Known,
     LeaseDenied,
     LeaseHeld,
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0  # at what this node keeps and hosts
 LOOK_INTO_STORE_EVERY_S = 30.0
+REMEMBERED_S = 120.0
 LEASE_TIMEOUT_S = 1.5
 
 
@@ -62,8 +65,10 @@ class Heir:
         self._take_over = take_over
         self._state_url = state_url
         self._stored: dict[str, LogInStore] = {}
+        self._warned: dict[str, str] = {}
         self._core = Succession(swarm.keypair.peer_id)
-        self._seen: dict[str, Sighting] = {}
+        self._seen: dict[str, Sighting] = {}  # by network id, the newest of each
+        self._seen_at: dict[str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._tasks = TaskSet("the heir of networks")
 
@@ -110,33 +115,51 @@ class Heir:
         while True:
             for sighting in self._look_around():
                 self._saw(sighting)
+            self._forget_old()
             self.members_changed()
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _look_into_store(self) -> None:
+        closed: dict[str, None] = {}
         while True:
             try:
                 store = await asyncio.to_thread(open_store, self._state_url)
-                for network_id in (await asyncio.to_thread(store.networks))[:NETWORKS_MAX]:
-                    log = self._stored.setdefault(network_id, LogInStore(store, network_id))
-                    sighting = of_history(await log.history())
-                    if sighting is not None:
-                        self._saw(sighting)
+                found = await asyncio.to_thread(store.networks)
             except P2PNetError as error:
-                logger.warning("the logs in %s cannot be read: %s", self._state_url, error)
+                logger.warning("the logs in %s cannot be listed: %s", self._state_url, error)
+                found = []
+            for network_id in [it for it in found if it not in closed][:NETWORKS_MAX]:
+                log = self._stored.setdefault(network_id, LogInStore(store, network_id))
+                try:
+                    sighting = of_history(await log.history())
+                except P2PNetError as error:
+                    self._warn_once(network_id, error)
+                    continue
+                if sighting is not None:
+                    self._saw(sighting)
+                    if sighting.closed:
+                        closed[network_id] = None
+                        del self._stored[network_id]
             await asyncio.sleep(LOOK_INTO_STORE_EVERY_S)
 
+    def _warn_once(self, network_id: str, error: P2PNetError) -> None:
+        if self._warned.get(network_id) != str(error):
+            keep_latest(self._warned, network_id, str(error), NETWORKS_MAX)
+            logger.warning("the log of network %s cannot be read: %s", network_id, error)
+
     def _saw(self, sighting: Sighting) -> None:
-        known = self._seen.get(sighting.network_id)
+        network_id = sighting.network_id
+        known = self._seen.get(network_id)
+        if known is None and len(self._seen) >= NETWORKS_MAX:
+            return
+        self._seen_at[network_id] = self._swarm.now()
         if known is not None and not sighting.closed:
             if sighting.epoch < known.epoch or known.closed:
                 return
             if sighting.epoch == known.epoch and not sighting.keepers:
                 return
-        self._seen[sighting.network_id] = sighting
+        self._seen[network_id] = sighting
         self._feed(sighting.known())
-        if sighting.closed:
-            self._seen.pop(sighting.network_id)
 
     def _feed(self, event: Event) -> None:
         for effect in self._core.handle(event, self._swarm.now()):
@@ -154,6 +177,14 @@ class Heir:
         if due is not None:
             wait_s = max(0.01, due - self._swarm.now())
             self._timer = asyncio.get_running_loop().call_later(wait_s, self._feed, Tick())
+
+    def _forget_old(self) -> None:
+        """Of what this node has not kept or hosted for a while, others know more."""
+        now = self._swarm.now()
+        for network_id in [it for it, at in self._seen_at.items() if now > at + REMEMBERED_S]:
+            if not self._holds(network_id):
+                del self._seen[network_id], self._seen_at[network_id]
+                self._feed(Forget(network_id))
 
     async def _ask(self, effect: AskLease) -> None:
         network_id, peer_id = effect.network_id, effect.peer_id

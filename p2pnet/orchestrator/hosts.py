@@ -10,6 +10,8 @@ HEARTBEATS_MISSED_MAX = 2
 SHUNNED_S = 15.0  # how long a host that failed us is not placed on; doubles with each time
 SHUNNED_MAX_S = 900.0
 FAILURES_KEPT = 10_000
+BLAMES = 2
+BLAMED_MAX = 1_000
 
 
 class HostBook:
@@ -18,6 +20,7 @@ class HostBook:
     def __init__(self) -> None:
         self._shunned: dict[str, float] = {}  # until when
         self._failures: dict[str, int] = {}  # in a row
+        self._blamed: dict[str, int] = {}  # how often since the last commit
         self._leaving: dict[str, None] = {}
         self._missed: dict[str, int] = {}
         self._former: dict[str, bool] = {}  # whether it is being told
@@ -44,6 +47,25 @@ class HostBook:
         failures = self._failures.get(peer_id, 0)
         keep_latest(self._failures, peer_id, failures + 1, FAILURES_KEPT)
         self._shunned[peer_id] = now + min(SHUNNED_S * 2**failures, SHUNNED_MAX_S)
+
+    def blame(self, host: str, by: str, now: float) -> None:
+        """`by` says that it cannot reach a host, which we may reach very well.
+
+        The host is left alone from the second time on, and if that does not help who
+        blames, until there is a commit: two that cannot reach each other are not to be
+        neighbours, whoever is at fault.
+        """
+        if host not in self._blamed and len(self._blamed) >= BLAMED_MAX:
+            return
+        times = self._blamed[host] = self._blamed.get(host, 0) + 1
+        if times == BLAMES:
+            self.shun(host, now)
+        elif times > BLAMES and by:
+            self.shun(by, now)
+
+    def forgive(self) -> None:
+        """The network gets on: there is a commit."""
+        self._blamed.clear()
 
     def well(self, peer_id: str, now: float) -> bool:
         """Whether nothing speaks against a peer at present."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from p2pnet.errors import RemoteError, UsageError
+from p2pnet.errors import P2PNetError, UsageError
 from p2pnet.orchestrator.messages import MakePlan, Planned, Purpose
 from p2pnet.orchestrator.placement import HostView, place
 from p2pnet.orchestrator.plan import host_view
@@ -73,6 +73,6 @@ class Planner:
                 pnode_pb2.DescribeReply,
                 timeout_s=PROBE_TIMEOUT_S,
             )
-        except RemoteError:
+        except P2PNetError:
             return False
         return True

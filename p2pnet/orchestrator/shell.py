@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 NETWORKS_MAX = 256
 FORMER_MAX = 256
+LOGS_MAX = 8
 TRAIN_TIMEOUT_S = 7 * 24 * 3600.0
 SETTLE_TIMEOUT_S = 50.0
 COMMIT_TIMEOUT_S = 60.0
@@ -47,6 +48,7 @@ SUCCEED_TIMEOUT_S = 6.0
 CANCEL_TIMEOUT_S = 40.0
 
 UNKNOWN = common_pb2.REFUSAL_CODE_UNKNOWN_NETWORK
+BUSY = common_pb2.REFUSAL_CODE_BUSY
 NOT_GRANTED = common_pb2.REFUSAL_CODE_NOT_GRANTED
 
 # Every network that this node keeps, hosts, or has seen otherwise.
@@ -68,7 +70,8 @@ class Orchestrator:
         self._state_url = state_url
         self._serves = serves
         self._networks: dict[str, ConductedNetwork] = {}
-        self._logs: dict[str, Log] = {}  # that are being read for a takeover
+        self._logs: dict[str, Log] = {}  # that are or were being read for a takeover
+        self._reading: dict[str, None] = {}
         self._former: dict[str, m.Over] = {}
         self._draining = False
         self._tasks = TaskSet("the orchestrator role")
@@ -196,14 +199,29 @@ class Orchestrator:
         return network
 
     async def _read(self, sighting: Sighting) -> History:
-        """A network's log, read on from where the last try stopped: it may be long."""
+        """A network's log, read on from where the last try stopped: it may be long.
+
+        Raises:
+            RefusedError: too many are being read (code BUSY).
+            UnreachableError: it cannot be read.
+        """
         network_id = sighting.network_id
+        if network_id not in self._logs and len(self._logs) >= LOGS_MAX:
+            # Of tries that have failed, the oldest makes room.
+            idle = next((it for it in self._logs if it not in self._reading), None)
+            if idle is None:
+                raise RefusedError("this peer reads many logs just now", code=BUSY)
+            await self._logs.pop(idle).close()
         log = self._logs.get(network_id)
         if log is None:
             log = open_log(self._swarm, network_id, sighting.manifest, keepers=sighting.keepers)
             self._logs[network_id] = log
         history = History(network_id)
-        history.extend(await log.read(1))
+        self._reading[network_id] = None
+        try:
+            history.extend(await log.read(1))
+        finally:
+            self._reading.pop(network_id, None)
         # Who goes on opens it anew, and it is kept no longer than it is needed.
         if self._logs.get(network_id) is log:
             del self._logs[network_id]
@@ -389,7 +407,7 @@ class Orchestrator:
 
     async def move_away(self, peer_id: str) -> int:
         """Moves every VNode away from a host that goes; returns how many there were."""
-        networks = list(self._networks.values())
+        networks = [network for network in self._networks.values() if network.core.needs(peer_id)]
         return sum(await asyncio.gather(*(self._move_away(it, peer_id) for it in networks)))
 
     async def _move_away(self, network: ConductedNetwork, peer_id: str) -> int:
@@ -459,6 +477,9 @@ class Orchestrator:
         if over is not None and over.code == common_pb2.REFUSAL_CODE_CLOSED:
             return common_pb2.Refusal(code=common_pb2.REFUSAL_CODE_CLOSED, detail=over.reason)
         known = self._heir.sighting(network_id)
+        if known is not None and known.closed:
+            detail = f"its owner has closed {known.charter.name}"
+            return common_pb2.Refusal(code=common_pb2.REFUSAL_CODE_CLOSED, detail=detail)
         me = self._swarm.keypair.peer_id
         elsewhere = known is not None and known.orchestrator != me
         return common_pb2.Refusal(

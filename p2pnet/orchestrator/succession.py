@@ -85,21 +85,13 @@ class LeaseSilent:
 
 
 @dataclass(frozen=True, slots=True)
-class Handed:
-    """The orchestrator asks us to take its network, which had that epoch."""
-
-    network_id: str
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
 class Failed:
     """A takeover of ours came to nothing: not granted, or the log was not to be read."""
 
     network_id: str
 
 
-Event = Known | Forget | Alive | LeaseHeld | LeaseDenied | LeaseSilent | Handed | Failed | Tick
+Event = Known | Forget | Alive | LeaseHeld | LeaseDenied | LeaseSilent | Failed | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +147,6 @@ class Succession:
                 self._alive = dict.fromkeys((*peers, self._me))
             case LeaseHeld() | LeaseDenied() | LeaseSilent():
                 self._answered(event, now)
-            case Handed(network_id, epoch):
-                watched = self._networks.get(network_id)
-                if watched is not None and watched.known.epoch <= epoch:
-                    self._lapse(watched, "its orchestrator hands it over", now)
-                    return self._try(watched, now)
             case Failed(network_id):
                 watched = self._networks.get(network_id)
                 if watched is not None:

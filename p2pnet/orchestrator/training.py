@@ -78,6 +78,8 @@ class Training:
                         self._feed(EndOfData(event.last_step))
             case m.FeederFailed():
                 if event.feeder == self.feeder.stream and event.epoch == self._desk.epoch:
+                    if event.host in self._desk.placement.values():
+                        self._desk.hosts.blame(event.host, "", self._desk.now)
                     self._desk.trouble(event.reason)
 
     def tick(self) -> None:
@@ -270,6 +272,8 @@ class Training:
             return
         if not report.trouble.host:  # its own failure
             desk.hosts.shun(event.caller, desk.now)
+        elif report.trouble.host in desk.placement.values():
+            desk.hosts.blame(report.trouble.host, event.caller, desk.now)
         desk.trouble(f"{report.vnode}: {reason}")
 
     # Cuts

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from p2pnet import keys
 from p2pnet.dht.manifest import grants, network_id_of, open_manifest
 from p2pnet.dht.service import Serves, anything
-from p2pnet.errors import RemoteError
+from p2pnet.errors import ForgedError, MalformedError, RemoteError
 from p2pnet.keys import sha256, short
 from p2pnet.log.entry import parse_entry
-from p2pnet.log.history import placement_of
+from p2pnet.log.history import manifest_grants, placement_of
 from p2pnet.v1 import common_pb2, log_pb2, pnode_pb2, records_pb2
 from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.network import BATCH_SAMPLES, refusal
@@ -135,6 +135,22 @@ def examine_manifest(
         claim=b"",
         placement={},
     )
+
+
+def claim_in(signed: common_pb2.Signed, network_id: str, caller: str) -> log_pb2.Claim:
+    """The claim of `caller` for that network in a signed log entry.
+
+    Raises:
+        MalformedError, ForgedError: it is none, or the owner does not grant it.
+    """
+    entry = parse_entry(signed)
+    if entry.WhichOneof("what") != "claim" or entry.network_id != network_id:
+        raise MalformedError("what is shown is not a claim of that network")
+    if keys.verify(keys.LOG_ENTRY, signed) != caller or entry.claim.orchestrator != caller:
+        raise ForgedError("a claim that another than the caller made")
+    if not manifest_grants(network_id, entry.claim.manifest, caller):
+        raise ForgedError(f"the network's owner does not let {short(caller)} orchestrate it")
+    return entry.claim
 
 
 def _misfit(

@@ -6,27 +6,31 @@ known of a log is on disk (`Persist`) before an answer that rests on it leaves
 outdone. VNodes themselves are not restored: whoever orchestrates notices, and places
 them under a new claim.
 
-At most one log read a network is under way. Who asks meanwhile waits for it, and for
-one more where his claim may have been decided only after it began.
+What is known of each log, and who waits for it to be read, is a `Follower`'s.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Self
 
 from p2pnet.core import Tick
-from p2pnet.dht.manifest import open_manifest
-from p2pnet.errors import ForgedError, LocalError, MalformedError, RemoteError
-from p2pnet.keys import LOG_ENTRY, short, verify
+from p2pnet.errors import LocalError, RemoteError
 from p2pnet.log.entry import parse_entry
-from p2pnet.log.history import manifest_grants, placement_of
-from p2pnet.v1 import common_pb2, log_pb2
-from p2pnet.vnode.admission import LEASE_S_MAX, Limits, Offer, examine, examine_manifest
+from p2pnet.v1 import common_pb2
+from p2pnet.vnode.admission import (
+    LEASE_S_MAX,
+    Limits,
+    Offer,
+    claim_in,
+    examine,
+    examine_manifest,
+)
+from p2pnet.vnode.follower import Call, Follower
 from p2pnet.vnode.network import refusal
-from p2pnet.vnode.standing import Standing, follow, unseal_standing
+from p2pnet.vnode.standing import Standing, unseal_standing
 from p2pnet.vnode.tenancy_events import (
     AllocateAsked,
     Begin,
@@ -41,7 +45,6 @@ from p2pnet.vnode.tenancy_events import (
     LogSilent,
     NotPersisted,
     Persist,
-    ReadLog,
     ReadyAsked,
     Reply,
     Tenant,
@@ -51,32 +54,28 @@ logger = logging.getLogger(__name__)
 
 NETWORKS_MAX = 256  # hosted
 KNOWN_MAX = 1024  # hosted now or once; of others the log tells again
+HEARD_MAX = 32  # of those others: whose log was read in vain, or has just been read
 VNODES_MAX = 10_000
 READS_MAX = 32  # of logs, at once
-WAITING_MAX = 16  # for one read
+WAITS_S = 3.0  # for a log: less than callers' patience
+READY_WAITS_S = 15.0
 QUIET_S = 3.0  # without a heartbeat, until a host asks the log whether it has been replaced
 LOOK_AGAIN_S = 10.0
 ORPHANED_S = 600.0  # how long after its lease a VNode is kept for an orchestrator to come back
 
 
-# What waits for a log read: tried again after it, when `final` with what is known then.
-_Waiting = AllocateAsked | DropAsked | ClaimShown
-
-
 @dataclass(slots=True)
 class _Network:
-    standing: Standing
-    manifest: common_pb2.Signed | None = None
+    log: Follower
     kept: Standing | None = None  # as it is on disk
     spent: int = 0  # the newest epoch whose VNodes were here and are no longer
     tenant: Tenant | None = None
     lease_until: float = 0.0
-    claim: common_pb2.Signed | None = None  # the newest, unless it was read before a restart
-    placement: Mapping[str, str] = field(default_factory=dict)  # as that claim says
     look_at: float = 0.0  # when the log is asked whether the tenant still is one
-    is_read: bool = False  # whether a read is under way
-    reading: list[_Waiting] = field(default_factory=list)  # who waits for it
-    queued: list[_Waiting] = field(default_factory=list)  # came after it began
+
+    @property
+    def standing(self) -> Standing:
+        return self.log.standing
 
 
 class Tenancy:
@@ -93,15 +92,15 @@ class Tenancy:
         """Takes one event and says what is to be done, in that order."""
         match event:
             case AllocateAsked() | DropAsked() | ClaimShown():
-                return self._try(event, now, final=False)
+                return self._try(Call(event, now + WAITS_S), now, final=False)
             case ReadyAsked():
-                return [Reply(event.ask, self._not_ready(event))]
+                return self._try(Call(event, now + READY_WAITS_S), now, final=False)
             case HeartbeatCame():
                 return self._renew(event, now)
             case LogRead():
-                return self._read(event.network_id, event.entries, "", now)
+                return self._read(event, now)
             case LogSilent():
-                return self._read(event.network_id, (), event.reason, now)
+                return self._read_ended(event.network_id, event.reason, now)
             case NotPersisted():
                 return self._not_kept(event.network_id)
             case Drain():
@@ -111,18 +110,18 @@ class Tenancy:
                 return self._tick(now)
 
     def deadline(self) -> float | None:
-        """When an orchestrator has not been heard of for so long that the log is asked, or no more.
+        """When somebody has waited too long for a log, or a host too long for an orchestrator.
 
-        Who was stopped for a while learns so that he has been replaced.
+        For so long that the log is asked, or that it waits no more. Who was stopped for a
+        while learns so that he has been replaced.
         """
-        return min(
-            (
-                net.lease_until + ORPHANED_S if net.is_read else net.look_at
-                for net in self._networks.values()
-                if net.tenant is not None
-            ),
-            default=None,
-        )
+        times = [
+            net.lease_until + ORPHANED_S if net.log.is_read else net.look_at
+            for net in self._networks.values()
+            if net.tenant is not None
+        ]
+        waits = (net.log.deadline() for net in self._networks.values() if net.log.is_read)
+        return min((*times, *(at for at in waits if at is not None)), default=None)
 
     def check(self) -> None:
         """Raises AssertionError if an invariant does not hold."""
@@ -131,7 +130,7 @@ class Tenancy:
         assert sum(tenant.size_bytes for tenant in tenants) <= self._limits.memory_bytes
         for network_id, net in self._networks.items():
             assert net.standing.network_id == network_id
-            assert net.is_read or not (net.reading or net.queued)
+            net.log.check()
             assert net.spent <= net.standing.epoch
             if net.tenant is not None:
                 assert net.kept is not None
@@ -155,7 +154,8 @@ class Tenancy:
             except LocalError as error:
                 logger.warning("what was kept of network %s is not used: %s", network_id, error)
                 continue
-            self._networks[network_id] = _Network(standing, kept=standing, spent=standing.epoch)
+            log = Follower(standing)
+            self._networks[network_id] = _Network(log, kept=standing, spent=standing.epoch)
         return self
 
     # Looking
@@ -182,9 +182,10 @@ class Tenancy:
         """
         nets = (self._networks[network_id] for network_id in sorted(self._networks))
         return [
-            (net.claim, net.standing.closed)
+            (net.log.claim, net.standing.closed)
             for net in nets
-            if net.claim is not None and (net.tenant is not None or net.standing.closed)
+            if net.log.claim is not None
+            and (net.tenant is not None or (net.standing.closed and net.kept is not None))
         ]
 
     def standing(self, network_id: str) -> Standing | None:
@@ -201,11 +202,11 @@ class Tenancy:
             return refusal(
                 common_pb2.REFUSAL_CODE_NOT_HOSTED, f"this peer does not host {vnode[:80]}"
             )
-        host = net.placement.get(vnode, "")
+        host = net.log.placement.get(vnode, "")
         if net.standing.closed:
-            return _closed(net)
+            return net.log.closed()
         if epoch < net.standing.epoch:
-            return _stale(net, host)
+            return net.log.stale(host)
         if net.tenant is None or vnode not in net.tenant.sizes:
             return refusal(
                 common_pb2.REFUSAL_CODE_NOT_HOSTED,
@@ -214,7 +215,7 @@ class Tenancy:
                 host="" if host == self._limits.me else host,
             )
         if epoch > net.standing.epoch:
-            return _unknown(net.standing, epoch)
+            return net.log.unknown(epoch)
         if now > net.lease_until:
             return refusal(
                 common_pb2.REFUSAL_CODE_LEASE_EXPIRED,
@@ -232,11 +233,11 @@ class Tenancy:
                 common_pb2.REFUSAL_CODE_UNKNOWN_NETWORK, "this peer hosts nothing of that network"
             )
         if net.standing.closed:
-            return _closed(net)
+            return net.log.closed()
         if epoch is not None and epoch > net.standing.epoch:
-            return _unknown(net.standing, epoch)
+            return net.log.unknown(epoch)
         if caller != net.standing.claimant or epoch not in (None, net.standing.epoch):
-            return _stale(net)
+            return net.log.stale()
         if net.tenant is None:
             return refusal(
                 common_pb2.REFUSAL_CODE_NOT_HOSTED,
@@ -247,15 +248,19 @@ class Tenancy:
 
     # Deciding
 
-    def _try(self, event: _Waiting, now: float, *, final: bool) -> list[Effect]:
+    def _try(self, call: Call, now: float, *, final: bool) -> list[Effect]:
         """Answers a call if that can be done; else, unless `final`, asks the log first."""
-        if isinstance(event, AllocateAsked):
-            return self._allocate(event, now, final)
-        if isinstance(event, DropAsked):
-            return self._drop(event, final)
-        return self._vouch(event, final)
+        match call.asked:
+            case AllocateAsked():
+                return self._allocate(call, call.asked, now, final)
+            case ReadyAsked():
+                return self._get_ready(call, call.asked, final)
+            case DropAsked():
+                return self._drop(call, call.asked, final)
+            case ClaimShown():
+                return self._vouch(call, call.asked, final)
 
-    def _allocate(self, event: AllocateAsked, now: float, final: bool) -> list[Effect]:
+    def _allocate(self, call: Call, event: AllocateAsked, now: float, final: bool) -> list[Effect]:
         request = event.request
         offer = examine(request, event.caller, self._limits, event.wall_ms)
         if isinstance(offer, common_pb2.Refusal):
@@ -265,8 +270,13 @@ class Tenancy:
             return [Reply(event.ask, no)]
         if no := self._no_room(offer):
             return [Reply(event.ask, no)]
-        if net is None or offer.epoch > net.standing.epoch:
-            return self._ask_log(event, offer.network_id, offer.manifest, final)
+        if (
+            net is None
+            or offer.epoch > net.standing.epoch
+            or net.log.is_behind
+            or (net.tenant is None and not final)  # nobody would tell us of a newer one
+        ):
+            return self._ask_log(call, offer.network_id, offer.manifest, final)
         if net.tenant is not None:  # said twice: an answer was lost
             net.lease_until = max(net.lease_until, now + request.lease_s)
             net.look_at = now + QUIET_S
@@ -280,7 +290,6 @@ class Tenancy:
             sizes=offer.sizes,
             state_url=offer.opened.state_url,
         )
-        net.manifest = offer.manifest
         net.lease_until = now + request.lease_s
         net.look_at = now + QUIET_S
         return [*self._keep(net), Begin(net.tenant, offer, request), Reply(event.ask)]
@@ -289,11 +298,11 @@ class Tenancy:
         """Why a claim is not, or no longer, to be followed, by what is known of the log."""
         standing = net.standing
         if standing.closed:
-            return _closed(net)
+            return net.log.closed()
         if offer.epoch < standing.epoch or (
             offer.epoch == standing.epoch and offer.claim != standing.claim
         ):
-            return _stale(net)
+            return net.log.stale()
         gone = offer.epoch == standing.epoch and (
             offer.epoch == net.spent or (net.tenant and net.tenant.sizes != offer.sizes)
         )
@@ -304,15 +313,13 @@ class Tenancy:
                 epoch=standing.epoch,
             )
         if offer.epoch > standing.epoch and offer.slot <= standing.slot:
-            return _unknown(net.standing, offer.epoch)  # the log has something else there
+            return net.log.unknown(offer.epoch)  # the log has something else there
         return None
 
     def _no_room(self, offer: Offer) -> common_pb2.Refusal | None:
         others = [it for it in self.tenants() if it.network_id != offer.network_id]
         if self._draining and self.tenant(offer.network_id) is None:
-            return refusal(
-                common_pb2.REFUSAL_CODE_DRAINING, "this peer is leaving and takes nothing new"
-            )
+            return _leaving()
         free_bytes = self._limits.memory_bytes - sum(it.size_bytes for it in others)
         if (
             offer.size_bytes > free_bytes
@@ -325,18 +332,18 @@ class Tenancy:
             )
         return None
 
-    def _not_ready(self, event: ReadyAsked) -> common_pb2.Refusal | None:
+    def _get_ready(self, call: Call, event: ReadyAsked, final: bool) -> list[Effect]:
+        """Whether there is room; the log is read before, so that a claim finds it known."""
         offer = examine_manifest(event.request, event.caller, self._limits, event.wall_ms)
         if isinstance(offer, common_pb2.Refusal):
-            return offer
+            return [Reply(event.ask, offer)]
         net = self._networks.get(offer.network_id)
         if net is not None and net.standing.closed:
-            return _closed(net)
-        if self._draining:
-            return refusal(
-                common_pb2.REFUSAL_CODE_DRAINING, "this peer is leaving and takes nothing new"
-            )
-        return self._no_room(offer)
+            return [Reply(event.ask, net.log.closed())]
+        no = _leaving() if self._draining else self._no_room(offer)
+        if no or final or self.tenant(offer.network_id) is not None:
+            return [Reply(event.ask, no)]
+        return self._ask_log(call, offer.network_id, offer.manifest, final)
 
     def _renew(self, event: HeartbeatCame, now: float) -> list[Effect]:
         request = event.request
@@ -352,7 +359,7 @@ class Tenancy:
         net.look_at = now + QUIET_S
         return [Reply(event.ask)]
 
-    def _drop(self, event: DropAsked, final: bool) -> list[Effect]:
+    def _drop(self, call: Call, event: DropAsked, final: bool) -> list[Effect]:
         request = event.request
         net = self._networks.get(request.network_id)
         if net is None or net.tenant is None:
@@ -362,114 +369,100 @@ class Tenancy:
                 return [Reply(event.ask)]
             return [*self._end(net, tuple(request.vnodes)), Reply(event.ask)]
         if request.epoch < net.standing.epoch:
-            return [Reply(event.ask, _stale(net))]
-        return self._ask_log(event, request.network_id, net.tenant.manifest, final)
+            return [Reply(event.ask, net.log.stale())]
+        return self._ask_log(call, request.network_id, net.tenant.manifest, final)
 
-    def _vouch(self, event: ClaimShown, final: bool) -> list[Effect]:
+    def _vouch(self, call: Call, event: ClaimShown, final: bool) -> list[Effect]:
         net = self._networks.get(event.network_id)
-        if net is not None and net.standing.epoch and event.caller == net.standing.claimant:
-            return [Reply(event.ask)]
+        if net is not None and net.log.is_behind:
+            net = None  # who is newest here need not be the newest
+        is_newest = net is not None and event.caller == net.standing.claimant
+        if is_newest and (final or self.tenant(event.network_id) is not None):
+            return [Reply(event.ask)]  # of what is not here nobody would tell us of a newer one
         try:
             shown = claim_in(event.claim, event.network_id, event.caller)
         except RemoteError as error:
             return [Reply(event.ask, refusal(common_pb2.REFUSAL_CODE_NOT_GRANTED, str(error)))]
-        if net is not None and shown.epoch <= net.standing.epoch:
-            return [Reply(event.ask, _stale(net))]
-        return self._ask_log(event, event.network_id, shown.manifest, final)
+        if net is not None and not is_newest and shown.epoch <= net.standing.epoch:
+            return [Reply(event.ask, net.log.stale())]
+        return self._ask_log(call, event.network_id, shown.manifest, final)
 
     # The log
 
     def _ask_log(
-        self, event: _Waiting, network_id: str, manifest: common_pb2.Signed, final: bool
+        self, call: Call, network_id: str, manifest: common_pb2.Signed, final: bool
     ) -> list[Effect]:
         net = self._networks.get(network_id)
         if final:  # it has been asked
             assert net is not None
-            if isinstance(event, DropAsked):
-                return [Reply(event.ask, _stale(net))]
-            epoch = parse_entry(_claim_of(event)).claim.epoch
-            return [Reply(event.ask, _unknown(net.standing, epoch))]
+            if call.claim is None:
+                return [Reply(call.asked.ask, net.log.stale())]
+            return [Reply(call.asked.ask, net.log.unknown(parse_entry(call.claim).claim.epoch))]
+        is_read = net is not None and net.log.is_read
+        if (net is not None and net.log.is_full) or (not is_read and self._reads() >= READS_MAX):
+            return [_busy(call, "too many ask this peer to read logs")]
         if net is None:
-            net = self._networks[network_id] = _Network(Standing(network_id))
-        if len(net.reading) + len(net.queued) >= WAITING_MAX or (
-            not net.is_read and self._reads() >= READS_MAX
-        ):
-            self._forget()
-            busy = "too many ask this peer to read logs: try again in a moment"
-            return [Reply(event.ask, refusal(common_pb2.REFUSAL_CODE_BUSY, busy))]
-        if net.is_read:
-            net.queued.append(event)
+            net = self._networks[network_id] = _Network(Follower(Standing(network_id)))
+        if is_read:
+            net.log.queue(call)
             return []
-        net.reading.append(event)
-        if net.manifest is None:
-            net.manifest = manifest
-        return [self._read_for(net, None if isinstance(event, DropAsked) else _claim_of(event))]
+        net.log.manifest = net.log.manifest or manifest
+        return [net.log.begin_read(call)]
 
     def _reads(self) -> int:
-        return sum(1 for net in self._networks.values() if net.is_read)
+        return sum(1 for net in self._networks.values() if net.log.is_read)
 
-    def _read_for(self, net: _Network, claim: common_pb2.Signed | None) -> ReadLog:
-        assert net.manifest is not None
-        net.is_read = True
-        standing = net.standing
-        return ReadLog(
-            standing.network_id,
-            net.manifest,
-            standing.slot + 1,
-            standing.keepers if standing.slot else _first_keepers(net.manifest),
-            claim,
-        )
-
-    def _read(
-        self, network_id: str, entries: tuple[common_pb2.Signed, ...], silent: str, now: float
-    ) -> list[Effect]:
-        net = self._networks.get(network_id)
-        if net is None or not net.is_read or net.manifest is None:
+    def _read(self, event: LogRead, now: float) -> list[Effect]:
+        net = self._networks.get(event.network_id)
+        if net is None or not net.log.is_read:
             return []
-        asked, net.reading, net.is_read = net.reading, [], False
+        effects: list[Effect] = []
+        try:
+            if net.log.take(event.entries):
+                effects += self._end(net)  # under the older claim nothing counts any more
+                if net.kept is not None:
+                    effects += self._keep(net)
+        except RemoteError as error:
+            silent = f"what was read of it does not hold: {error}"
+            return self._read_ended(event.network_id, silent, now)
+        net.log.is_behind = event.more
+        return effects if event.more else effects + self._read_ended(event.network_id, "", now)
+
+    def _read_ended(self, network_id: str, silent: str, now: float) -> list[Effect]:
+        """Tries again who waited for the log; `silent`: why nothing was heard of it."""
+        net = self._networks.get(network_id)
+        if net is None or not net.log.is_read:
+            return []
+        self._networks[network_id] = self._networks.pop(network_id)  # the latest to be forgotten
+        asked, queued = net.log.end_read()
         net.look_at = max(net.look_at, now + LOOK_AGAIN_S)
         effects: list[Effect] = []
-        if not silent:
-            try:
-                effects += self._advance(net, *follow(net.standing, net.manifest, entries))
-            except RemoteError as error:
-                silent = f"what was read of it does not hold: {error}"
-        if silent:
-            said = f"the log of the network cannot be read: {silent}"
-            busy = refusal(common_pb2.REFUSAL_CODE_BUSY, said[:200])
-            effects += [Reply(event.ask, busy) for event in asked]
-        else:
-            for event in asked:
-                effects += self._try(event, now, final=True)
-        waiting, net.queued = net.queued, []
-        for event in waiting:
-            effects += self._try(event, now, final=False)
+        for call in asked:
+            if silent and not isinstance(call.asked, ReadyAsked):
+                effects.append(_busy(call, f"the network's log cannot be read: {silent}"[:200]))
+            else:
+                effects += self._try(call, now, final=True)
+        for call in queued:
+            effects += self._try(call, now, final=False)
         return [*effects, *self._forget()]
 
-    def _advance(
-        self, net: _Network, standing: Standing, newest: common_pb2.Signed | None
-    ) -> list[Effect]:
-        if standing == net.standing:
-            return []
-        net.standing = standing
-        if newest is not None:
-            net.claim, net.placement = newest, placement_of(parse_entry(newest).claim)
+    def _waited(self, net: _Network, now: float) -> list[Effect]:
+        """Answers whom a read keeps too long; it goes on."""
         effects: list[Effect] = []
-        if newest is not None or standing.closed:
-            effects += self._end(net)  # under the older claim nothing counts any more
-            if net.kept is not None:
-                effects += self._keep(net)
+        for call in net.log.overdue(now):
+            if isinstance(call.asked, ReadyAsked):  # what it comes to is room, and there is some
+                effects += self._try(call, now, final=True)
+            else:
+                effects.append(_busy(call, "this peer still reads the network's log"))
         return effects
 
     # Small things
 
     def _keep(self, net: _Network) -> list[Effect]:
-        network_id = net.standing.network_id
-        self._networks[network_id] = self._networks.pop(network_id)  # the latest to be forgotten
         if net.kept == net.standing:
             return []
         net.kept = net.standing
-        return [Persist(network_id, net.standing.seal())]
+        return [Persist(net.standing.network_id, net.standing.seal())]
 
     def _not_kept(self, network_id: str) -> list[Effect]:
         net = self._networks.get(network_id)
@@ -496,76 +489,36 @@ class Tenancy:
     def _tick(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
         for net in self._networks.values():
+            effects += self._waited(net, now)
             if net.tenant is None:
                 continue
             if now >= net.lease_until + ORPHANED_S:
                 effects += self._end(net)
-            elif now >= net.look_at and not net.is_read:
+            elif now >= net.look_at and not net.log.is_read:
                 net.look_at = now + LOOK_AGAIN_S
                 if self._reads() < READS_MAX:
-                    effects.append(self._read_for(net, None))
+                    effects.append(net.log.begin_read())
         return effects
 
     def _forget(self) -> list[Effect]:
-        """Networks that never lived here, and of those that did the ones of long ago."""
+        """Networks that lived here long ago, and others than the last that were asked for."""
         idle = [
             network_id
             for network_id, net in self._networks.items()
-            if net.tenant is None and not net.is_read
+            if net.tenant is None and not net.log.is_read
         ]
-        known = [network_id for network_id in idle if self._networks[network_id].kept]
-        over = known[: max(0, len(known) - KNOWN_MAX)]
-        for network_id in idle:
-            if network_id in over or self._networks[network_id].kept is None:
-                del self._networks[network_id]
+        kept = [network_id for network_id in idle if self._networks[network_id].kept]
+        heard = [network_id for network_id in idle if not self._networks[network_id].kept]
+        over = kept[: max(0, len(kept) - KNOWN_MAX)]
+        for network_id in (*over, *heard[: max(0, len(heard) - HEARD_MAX)]):
+            del self._networks[network_id]
         return [Persist(network_id, None) for network_id in over]
 
 
-def claim_in(signed: common_pb2.Signed, network_id: str, caller: str) -> log_pb2.Claim:
-    """The claim of `caller` for that network in a signed log entry.
-
-    Raises:
-        MalformedError, ForgedError: it is none, or the owner does not grant it.
-    """
-    entry = parse_entry(signed)
-    if entry.WhichOneof("what") != "claim" or entry.network_id != network_id:
-        raise MalformedError("what is shown is not a claim of that network")
-    if verify(LOG_ENTRY, signed) != caller or entry.claim.orchestrator != caller:
-        raise ForgedError("a claim that another than the caller made")
-    if not manifest_grants(network_id, entry.claim.manifest, caller):
-        raise ForgedError(f"the network's owner does not let {short(caller)} orchestrate it")
-    return entry.claim
+def _leaving() -> common_pb2.Refusal:
+    return refusal(common_pb2.REFUSAL_CODE_DRAINING, "this peer is leaving and takes nothing new")
 
 
-def _claim_of(event: AllocateAsked | ClaimShown) -> common_pb2.Signed:
-    return event.request.claim if isinstance(event, AllocateAsked) else event.claim
-
-
-def _first_keepers(manifest: common_pb2.Signed) -> tuple[str, ...]:
-    return tuple(open_manifest(manifest).keepers)
-
-
-def _closed(net: _Network) -> common_pb2.Refusal:
-    return refusal(
-        common_pb2.REFUSAL_CODE_CLOSED,
-        "the network's owner has ended it",
-        epoch=net.standing.epoch,
-    )
-
-
-def _stale(net: _Network, host: str = "") -> common_pb2.Refusal:
-    return refusal(
-        common_pb2.REFUSAL_CODE_STALE_EPOCH,
-        f"the network is at epoch {net.standing.epoch} under {short(net.standing.claimant)}",
-        epoch=net.standing.epoch,
-        host=host,
-    )
-
-
-def _unknown(standing: Standing, epoch: int) -> common_pb2.Refusal:
-    has = f"its newest claim has epoch {standing.epoch}" if standing.epoch else "it has no claim"
-    return refusal(
-        common_pb2.REFUSAL_CODE_UNKNOWN_EPOCH,
-        f"the network's log has no claim of epoch {epoch}, as far as this peer knows: {has}",
-        epoch=standing.epoch,
-    )
+def _busy(call: Call, why: str) -> Reply:
+    detail = f"{why}: try again in a moment"
+    return Reply(call.asked.ask, refusal(common_pb2.REFUSAL_CODE_BUSY, detail))

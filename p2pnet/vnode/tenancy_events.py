@@ -63,10 +63,15 @@ class ClaimShown:
 
 @dataclass(frozen=True, slots=True)
 class LogRead:
-    """The decided entries that a `ReadLog` asked for; perhaps none."""
+    """The decided entries that a `ReadLog` asked for; perhaps none.
+
+    A long log comes in parts, since each entry costs a signature to check; `more`: the
+    next part follows.
+    """
 
     network_id: str
     entries: tuple[common_pb2.Signed, ...]
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)

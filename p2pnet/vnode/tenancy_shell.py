@@ -11,12 +11,11 @@ from pathlib import Path
 from p2pnet.core import Tick
 from p2pnet.datadir import read_whole, write_whole
 from p2pnet.errors import P2PNetError, ResourceError
-from p2pnet.log.entry import parse_entry
-from p2pnet.log.shell import open_log
 from p2pnet.swarm import Swarm
 from p2pnet.tasks import TaskSet
 from p2pnet.v1 import common_pb2
 from p2pnet.vnode.admission import Limits
+from p2pnet.vnode.logs_shell import Logs
 from p2pnet.vnode.network import refusal
 from p2pnet.vnode.standing import RECORD_BYTES_MAX
 from p2pnet.vnode.tenancy import Tenancy
@@ -34,6 +33,8 @@ from p2pnet.vnode.tenancy_events import (
 )
 
 logger = logging.getLogger(__name__)
+
+PART_ENTRIES = 16  # of a log; each costs a signature to check, a millisecond on a busy machine
 
 
 class TenancyShell:
@@ -57,6 +58,7 @@ class TenancyShell:
         self._directory = directory
         self._carry_out = carry_out
         self.core = Tenancy.load(limits, _read_all(directory))
+        self._logs = Logs(swarm)
         self._asks = 0
         self._answers: dict[int, asyncio.Future[common_pb2.Refusal | None]] = {}
         self._batches: asyncio.Queue[Sequence[Effect]] = asyncio.Queue()
@@ -70,6 +72,7 @@ class TenancyShell:
         if self._timer is not None:
             self._timer.cancel()
         await self._tasks.close()
+        await self._logs.close()
 
     async def ask(self, make: Callable[[int], Event]) -> common_pb2.Refusal | None:
         """Hands the core a call, and waits for its answer; None: yes."""
@@ -131,32 +134,22 @@ class TenancyShell:
             answer.set_result(no)
 
     async def _read_log(self, effect: ReadLog) -> None:
+        network_id = effect.network_id
         try:
-            entries = await self._entries(effect)
+            entries = await self._logs.read(effect)
         except P2PNetError as error:
-            self.tell(LogSilent(effect.network_id, str(error)))
+            self.tell(LogSilent(network_id, str(error)))
         except Exception:
-            logger.exception("the log of network %s could not be read", effect.network_id)
-            self.tell(LogSilent(effect.network_id, "reading it failed"))
+            logger.exception("the log of network %s could not be read", network_id)
+            self.tell(LogSilent(network_id, "reading it failed"))
         else:
-            self.tell(LogRead(effect.network_id, tuple(entries)))
-
-    async def _entries(self, effect: ReadLog) -> list[common_pb2.Signed]:
-        log = open_log(self._swarm, effect.network_id, effect.manifest, keepers=effect.keepers)
-        try:
-            entries = await log.read(effect.from_slot)
-            last = parse_entry(entries[-1]).slot if entries else effect.from_slot - 1
-            if effect.claim is not None and last < effect.at_least:
-                # Its proposer tells us and the keepers at once: they may hear a little later.
-                try:
-                    history = await log.confirm(effect.claim)
-                except P2PNetError as error:
-                    logger.debug("a claim is not to be found in its log: %s", error)
-                else:
-                    return history.entries[effect.from_slot - 1 :]
-            return entries
-        finally:
-            await log.close()
+            for at in range(PART_ENTRIES, len(entries), PART_ENTRIES):
+                part = tuple(entries[at - PART_ENTRIES : at])
+                self.tell(LogRead(network_id, part, more=True))
+                await asyncio.sleep(0)  # others may go on meanwhile
+            rest = max(0, len(entries) - 1) // PART_ENTRIES * PART_ENTRIES
+            self.tell(LogRead(network_id, tuple(entries[rest:])))
+        await self._logs.tidy(lambda network_id: self.core.standing(network_id) is not None)
 
     def _write(self, effect: Persist) -> None:
         path = self._directory / effect.network_id

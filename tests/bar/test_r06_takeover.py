@@ -2,7 +2,7 @@
 
 Every effect of the conductor of an undisturbed run (claim, allocations, records, heartbeats,
 cuts, commits, words to the feeder) is a crash point, before it and after it; the machine
-dies by kill -9, at every third point silently. Short form: 1 seed, 2 steps. As written:
+dies by kill -9, at every third point silently. Short form: 2 seeds, 2 steps. As written:
 20 seeds, 4 steps, and again with the dead one coming back after 3 s.
 """
 
@@ -23,7 +23,7 @@ SHORT = ["--option", "steps=2", "--nodes", "5"]
 
 
 def test_r06(scale: Any, figure: Callable[[str], None]) -> None:
-    reports = play("takeover", 20) if scale.as_written else play("takeover", 1, SHORT)
+    reports = play("takeover", 20) if scale.as_written else play("takeover", 2, SHORT)
     if scale.as_written:
         reports += play("takeover", 5, ["--option", "back_s=3"], first=50)
     assert not failed(reports), failed(reports)

@@ -1,7 +1,7 @@
 """R26 for orchestration and stepping: the seed draws all faults, then everything is well again.
 
-Short form: 150 seeds of `p2pnet sim --scenario orchestration` (5 or 6 nodes with every role,
-5 s of faults each) and a dozen of them again under another PYTHONHASHSEED. As written: 10,000
+Short form: 250 seeds of `p2pnet sim --scenario orchestration` (5 nodes with every role,
+4 s of faults each) and a dozen of them again under another PYTHONHASHSEED. As written: 10,000
 seeds of up to 8 nodes and 12 s, and 500 with the shipped membership. Each mutant is a core, or
 what a shell does, with one defence taken out; seeds are played until the judge has caught it.
 """
@@ -24,8 +24,8 @@ from p2pnet.sim.orchestrator_node import OrchestratorNode
 from p2pnet.sim.scenarios.orchestration import SCENARIO
 from p2pnet.vnode.tenancy_events import ReadLog
 
-SEEDS, SEEDS_AS_WRITTEN = 150, 10_000
-SHORT = ["--nodes", "6", "--option", "storm_s=5"]
+SEEDS, SEEDS_AS_WRITTEN = 250, 10_000
+SHORT = ["--nodes", "5", "--option", "storm_s=4", "--option", "steps=5"]
 MUTANT_SEEDS_MAX = 60
 
 

@@ -17,7 +17,7 @@ from virtual_time import play
 from p2pnet.errors import RemoteError
 from p2pnet.keys import ACCEPTANCE
 from p2pnet.orchestrator.allocations import check_accepted
-from p2pnet.orchestrator.hosts import SHUNNED_S, HostBook, by_host
+from p2pnet.orchestrator.hosts import SHUNNED_MAX_S, SHUNNED_S, HostBook, by_host
 from p2pnet.orchestrator.messages import MakePlan, Planned, Purpose
 from p2pnet.orchestrator.planner import Planner
 from p2pnet.v1 import common_pb2, pnode_pb2, records_pb2
@@ -35,6 +35,7 @@ def test_who_failed_us_is_left_alone_for_a_while() -> None:
     book.shun("b", 50.0)
     book.leaves("c")
     assert book.barred(51.0) == ("a", "b", "c")
+    assert book.is_leaving("c")
     book.came("a")
     book.came("c")
     assert book.barred(51.0) == ("b",)
@@ -61,6 +62,35 @@ def test_former_hosts_are_told_until_they_have_heard() -> None:
     book.lost([], ["d"])
     book.released("d", heard=False)
     assert book.to_release(ALIVE | {"d": None}) == []
+
+
+def test_two_that_cannot_reach_each_other_are_no_neighbours_for_long() -> None:
+    book = HostBook()
+    book.blame("a", "b", 0.0)
+    assert book.barred(0.0) == ()  # it may have been a moment's trouble
+    book.blame("a", "b", 1.0)
+    assert book.barred(1.0) == ("a",)
+    book.blame("a", "b", 2.0)  # and the fault is on the other side
+    assert book.barred(2.0) == ("a", "b")
+    book.forgive()
+    later = 2.0 + SHUNNED_S
+    book.blame("a", "b", later)
+    assert book.barred(later) == ()
+
+
+def test_who_fails_again_and_again_is_left_alone_for_longer() -> None:
+    book = HostBook()
+    now = 0.0
+    for times in range(12):
+        book.shun("a", now)
+        book.shun("a", now)  # seen from two sides, it is one failure
+        length_s = min(SHUNNED_S * 2**times, SHUNNED_MAX_S)
+        assert not book.well("a", now + length_s - 0.1)
+        now += length_s
+        assert book.well("a", now)
+    book.answered("a")
+    book.shun("a", now)
+    assert book.well("a", now + SHUNNED_S)
 
 
 def test_the_vnodes_of_each_host() -> None:

@@ -23,7 +23,6 @@ from p2pnet.orchestrator.succession import (
     Event,
     Failed,
     Forget,
-    Handed,
     Known,
     LeaseDenied,
     LeaseHeld,
@@ -155,14 +154,6 @@ def test_a_try_that_came_to_nothing_is_repeated_later() -> None:
     assert len(one.taken_at()) == 2  # once more after its turn
     one.run(5.0 + 2 * TRY_S)
     assert len(one.taken_at()) == 4
-
-
-def test_what_is_handed_over_is_taken_at_once() -> None:
-    one = One(HEIRS[5])
-    one.feed(Handed(NETWORK, 2))  # of an older claim: no
-    assert one.taken_at() == []
-    one.feed(Handed(NETWORK, 3))
-    assert one.taken_at() == [0.0]
 
 
 def test_a_closed_network_is_nobodys() -> None:

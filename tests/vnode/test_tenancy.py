@@ -15,13 +15,13 @@ from p2pnet import keys
 from p2pnet.core import Tick
 from p2pnet.v1 import common_pb2, log_pb2, pnode_pb2, records_pb2
 from p2pnet.vnode.admission import Limits
+from p2pnet.vnode.follower import WAITING_MAX
 from p2pnet.vnode.network import BATCH_SAMPLES
 from p2pnet.vnode.tenancy import (
     LOOK_AGAIN_S,
     ORPHANED_S,
     QUIET_S,
     READS_MAX,
-    WAITING_MAX,
     Tenancy,
 )
 from p2pnet.vnode.tenancy_events import (
@@ -554,9 +554,9 @@ def test_a_host_that_hears_nothing_asks_the_log_whether_it_is_replaced() -> None
     rig.reads.clear()
     rig.do(LogSilent(log.network_id, "no majority"))
     assert called(rig, log, 1)[0] in ("", "LEASE_EXPIRED"), "who knows"
+    rig.now += LOOK_AGAIN_S
     log.claim("rival", AWAY)
     ask = rig.allocate(log, log.claim("third", AWAY | {"out": ME}), "third")
-    rig.now += LOOK_AGAIN_S
     assert rig.do(Tick()) == [], "it is being read"
     assert rig.code(ask) == ""
     log.claim("rival", AWAY)
