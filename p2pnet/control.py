@@ -297,8 +297,8 @@ class Control:
             await self.settled().wait()
         if self.lost():
             raise UnreachableError(
-                f"none of the {self.progress.wanted} bootstrap peers can be reached: check the "
-                "list, and that the network is up"
+                f"no bootstrap peer can be reached, of {self.progress.wanted}: check the list, "
+                "and that the network is up"
             )
 
     async def _leave(self, request: pb.LeaveRequest, caller: Caller) -> pb.LeaveReply:

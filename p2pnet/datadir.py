@@ -119,8 +119,8 @@ class DataDir:
             return Path((self.path / "control.path").read_text())
         except OSError:
             raise UsageError(
-                f"no node is running in {self.path}: start one with `p2pnet join`, or give "
-                "--bootstrap FILE or MULTIADDR to ask a network without running a node"
+                f"no node is running in {self.path}: start one with `p2pnet join`, or say which "
+                "with --data-dir; most verbs can do without, with --bootstrap FILE or MULTIADDR"
             ) from None
 
     def remembered_peers(self) -> list[str]:

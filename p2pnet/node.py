@@ -404,6 +404,8 @@ def _member_watcher(
             return
         was = change.old is not None and change.old.live
         if was != change.new.live:
+            if was:  # who looks around now is not to see the dead
+                parts.around.update(parts.gossip.members())
             event = "member_came" if change.new.live else f"member_{change.new}"
             parts.events.emit(event, peer=change.peer_id)
             why = "has left" if change.new is State.LEFT else "has failed"

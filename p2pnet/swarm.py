@@ -1,6 +1,6 @@
 """What a VNode's host and an orchestrator see of the p2p network around them.
 
-The node implements this (`p2pnet.node`); both users live on the gRPC thread, so
+`p2pnet.around` implements this; both users live on the gRPC thread, so
 everything here may be called there: views are immutable snapshots, and what is
 asynchronous crosses to the trio side at most once.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import threading
 from contextlib import aclosing
 from pathlib import Path
@@ -334,3 +335,16 @@ def test_a_data_dir_that_is_gone_is_survived(tmp_path: Path) -> None:
     bus.close()
     bus.emit("after it was closed")
     assert names(bus) == ["here", "after it was closed"]
+
+
+def test_every_event_stands_in_the_docs() -> None:
+    root = Path(events.__file__).parents[1]
+    code = "".join(
+        file.read_text()
+        for file in sorted((root / "p2pnet").rglob("*.py"))
+        if "v1" not in file.parts
+    )
+    said = dict.fromkeys(re.findall(r'(?:[._]emit|\.note)\(\s*"(\w+)"', code))
+    assert len(said) > 15
+    docs = (root / "docs" / "events.md").read_text()
+    assert [name for name in said if f"`{name}`" not in docs] == []

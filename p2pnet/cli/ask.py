@@ -96,9 +96,12 @@ def drain(data_dir: Path, as_json: bool) -> None:
     if as_json:
         print_json(drained)
         return
-    click.echo(f"{drained['moved']} VNodes moved away; the node hosts nothing new from now on.")
+    click.echo(f"VNodes moved away: {drained['moved']}. The node hosts nothing new from now on.")
     if drained["left"]:
-        click.echo(f"{drained['left']} VNodes are still here: no other peer has room for them.")
+        click.echo(
+            f"VNodes still here: {drained['left']}, which no other peer can take, or may take as "
+            "their owner says."
+        )
     for name in drained["handed_over"]:
         click.echo(f"The network {name} is looked after by another peer now.")
     for name in drained["left_behind"]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from p2pnet.cli.options import client_options, connect, data_dir_option, print_json
+from p2pnet.errors import UsageError
 
 _CLOCK_MS = 1000  # from which on it is said that a clock is wrong
 
@@ -25,13 +26,19 @@ def events(data_dir: Path, follow: bool, since: str, network: str, as_json: bool
     from p2pnet.client import trace as ask
     from p2pnet.clock import wall_ms
 
-    after = ask.since_of(since, wall_ms())
+    try:
+        after = ask.since_of(since, wall_ms())
+    except UsageError as error:
+        raise click.BadParameter(str(error), param_hint="--since") from None
+    shown = 0
 
     async def show() -> None:
+        nonlocal shown
         found = ask.events(client.session, follow=follow, since=after, network=network)
         async for event in found:
             told = event.to_json()
             del told["node"]
+            shown += 1
             if as_json:
                 print_json(told)
             elif event.event != "following":
@@ -40,6 +47,8 @@ def events(data_dir: Path, follow: bool, since: str, network: str, as_json: bool
 
     with connect(data_dir, ()) as client:
         client.run(show(), ask.FOLLOW_TIMEOUT_S)
+    if network and not shown:
+        click.echo(f"p2pnet: this node remembers nothing of a network {network!r}", err=True)
 
 
 @click.command()

@@ -12,8 +12,9 @@ from typing import Any
 
 import click
 
-from p2pnet.cli.options import Size, data_dir_option, print_json
+from p2pnet.cli.options import Parsed, data_dir_option, print_json
 from p2pnet.errors import root_of
+from p2pnet.units import parse_size
 
 
 @click.command()
@@ -34,7 +35,11 @@ from p2pnet.errors import root_of
 )
 @click.option("--grpc-port", type=click.IntRange(0, 65535), default=0, help="Port for gRPC.")
 @data_dir_option
-@click.option("--memory", type=Size(), help="Memory to lend, such as 4GiB. Default: half.")
+@click.option(
+    "--memory",
+    type=Parsed("size", parse_size),
+    help="Memory to lend, such as 4GiB. Default: half.",
+)
 @click.option("--cpus", type=click.FloatRange(0.1), help="CPUs to lend. Default: all.")
 @click.option(
     "--state",

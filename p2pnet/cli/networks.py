@@ -8,24 +8,8 @@ from typing import Any
 
 import click
 
-from p2pnet.cli.options import client_options, connect, print_json
-from p2pnet.errors import UsageError
+from p2pnet.cli.options import Parsed, client_options, connect, print_json
 from p2pnet.units import parse_duration
-
-
-class Duration(click.ParamType[float]):
-    """A duration such as 30d, as seconds."""
-
-    name = "duration"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, context: click.Context | None
-    ) -> float:
-        """See click."""
-        try:
-            return value if isinstance(value, float) else parse_duration(value)
-        except UsageError as error:
-            self.fail(str(error), param, context)
 
 
 @click.command()
@@ -44,7 +28,8 @@ class Duration(click.ParamType[float]):
     help="Let it be placed at most so often over its life.",
 )  # fmt: skip
 @click.option(
-    "--expires", type=Duration(), default=0.0, metavar="DURATION", show_default="never",
+    "--expires", type=Parsed("duration", parse_duration), default=0.0, metavar="DURATION",
+    show_default="never",
     help="Have nobody take it on any more after so long, for example 30d.",
 )  # fmt: skip
 @client_options
@@ -91,9 +76,12 @@ def submit(
 
 @click.command()
 @click.argument("name")
-@click.option("--data", "ref", required=True, help="digits:train, digits:test, or file:///path.npz")
+@click.option(
+    "--data", "ref", required=True, metavar="REF",
+    help="digits:train, digits:test, or file:///path.npz or .safetensors.",
+)  # fmt: skip
 @click.option("--epochs", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1, 1024), default=32, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the samples' order.")
 @client_options
 def train(

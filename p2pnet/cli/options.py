@@ -12,7 +12,6 @@ import click
 
 from p2pnet.datadir import default_data_dir
 from p2pnet.errors import UsageError
-from p2pnet.units import parse_size
 
 if TYPE_CHECKING:
     from p2pnet.client import Client
@@ -36,17 +35,19 @@ def _keep_kad_protocol(_: click.Context, __: click.Parameter, value: str | None)
     Swarm.kad_protocol = value
 
 
-class Size(click.ParamType[int]):
-    """A size such as 4GiB, as bytes."""
+class Parsed(click.ParamType[Any]):
+    """What `parse` makes of the text; it raises UsageError. `name`: what it is."""
 
-    name = "size"
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
 
     def convert(
         self, value: Any, param: click.Parameter | None, context: click.Context | None
-    ) -> int:
+    ) -> Any:
         """See click."""
         try:
-            return value if isinstance(value, int) else parse_size(value)
+            return self._parse(value) if isinstance(value, str) else value
         except UsageError as error:
             self.fail(str(error), param, context)
 

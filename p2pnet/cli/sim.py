@@ -17,7 +17,7 @@ def _listed(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     from p2pnet.sim.scenarios import SCENARIOS
 
     for scenario in SCENARIOS.values():
-        click.echo(f"{scenario.name:12} {scenario.summary} ({scenario.nodes} nodes)")
+        click.echo(f"{scenario.name:14} {scenario.summary} ({scenario.nodes} nodes)")
         for key, value in scenario.options.items():
             click.echo(f"{'':14} --option {key}={value:g}")
     context.exit()

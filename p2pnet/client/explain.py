@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from p2pnet import keys
 from p2pnet.client.session import NetworkInfo, Session
 from p2pnet.errors import ForgedError, MalformedError, NotFoundError
@@ -159,6 +161,10 @@ def _row(each: Checked) -> dict[str, Any]:
 def _reason(entry: log_pb2.LogEntry, kind: str) -> str:
     if kind == "claim":
         return str(entry.claim.reason)
-    if kind == "closing":
-        return "ended by its owner"
-    return ""
+    if kind != "closing":
+        return ""
+    try:
+        said = log_pb2.Cancellation.FromString(entry.closing.cancellation.payload).reason
+    except DecodeError:  # then it does not count, and why is said
+        said = ""
+    return f"ended by its owner: {said}" if said else "ended by its owner"

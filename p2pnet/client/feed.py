@@ -33,7 +33,7 @@ from p2pnet.client.events import (
     StreamOpened,
     Told,
 )
-from p2pnet.client.link import REASON_CHARS_MAX, SAY_S, Link
+from p2pnet.client.link import LOOK_FURTHER, REASON_CHARS_MAX, SAY_S, Link
 from p2pnet.errors import P2PNetError, RefusedError, UnreachableError, UsageError
 from p2pnet.v1 import common_pb2
 from p2pnet.v1 import orchestrator_pb2 as pb
@@ -44,15 +44,6 @@ RESULT_S = 2.0  # for the result of a step that was committed unheard
 RECOVERIES_QUIET = 3  # between two commits; more are worth a word
 HELD_STEPS_MAX = 4096
 HELD_BYTES_MAX = 1 << 30
-
-# What it says who is not the network's orchestrator, or is about to go.
-_LOOK_FURTHER = (
-    common_pb2.REFUSAL_CODE_STALE_EPOCH,
-    common_pb2.REFUSAL_CODE_UNKNOWN_NETWORK,
-    common_pb2.REFUSAL_CODE_UNKNOWN_EPOCH,
-    common_pb2.REFUSAL_CODE_NOT_GRANTED,
-    common_pb2.REFUSAL_CODE_DRAINING,
-)
 
 
 class Feed:
@@ -195,7 +186,7 @@ class Feed:
         detail = refusal.detail[:REASON_CHARS_MAX]
         if refusal.code == common_pb2.REFUSAL_CODE_STALE_EPOCH:
             self._link.superseded()
-        if refusal.code in _LOOK_FURTHER:
+        if refusal.code in LOOK_FURTHER:
             self._link.left(detail, refusal.host, now, effects)
         elif refusal.code == common_pb2.REFUSAL_CODE_CLOSED:
             raise UsageError(detail)

@@ -17,6 +17,7 @@ from p2pnet.client.events import (
 )
 from p2pnet.errors import UnreachableError
 from p2pnet.keys import short
+from p2pnet.v1 import common_pb2
 
 OPEN_S = 15.0  # for a stream to be let in
 RETRY_S = 0.5  # between two tries to find the orchestrator; it doubles up to ...
@@ -26,6 +27,15 @@ ORCHESTRATOR_GONE_S = 600.0  # without a word of any: give up
 BEGIN_S = 120.0  # the same, for a run that has not begun yet
 SAY_S = 2.0  # a wait that is longer is worth a word
 REASON_CHARS_MAX = 500
+
+# What it says who is not the network's orchestrator, not any more, or is about to go.
+LOOK_FURTHER = (
+    common_pb2.REFUSAL_CODE_STALE_EPOCH,
+    common_pb2.REFUSAL_CODE_UNKNOWN_NETWORK,
+    common_pb2.REFUSAL_CODE_UNKNOWN_EPOCH,
+    common_pb2.REFUSAL_CODE_NOT_GRANTED,
+    common_pb2.REFUSAL_CODE_DRAINING,
+)
 
 
 class Link:

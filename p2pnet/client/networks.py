@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 
 from p2pnet.bounded import keep_latest
 from p2pnet.client.connection import Connection, Patience
+from p2pnet.client.link import LOOK_FURTHER
 from p2pnet.clock import wall_ms
 from p2pnet.dht.manifest import grants, open_manifest
 from p2pnet.errors import (
@@ -44,13 +45,6 @@ HOSTS_ASKED = 8
 NETWORKS_MAX = 256
 
 _CLOSED = common_pb2.REFUSAL_CODE_CLOSED
-# What it says who is not the network's orchestrator, not any more, or is about to go.
-LOOK_FURTHER = (
-    common_pb2.REFUSAL_CODE_STALE_EPOCH,
-    common_pb2.REFUSAL_CODE_UNKNOWN_NETWORK,
-    common_pb2.REFUSAL_CODE_NOT_GRANTED,
-    common_pb2.REFUSAL_CODE_DRAINING,
-)
 
 
 @dataclass(frozen=True, slots=True)

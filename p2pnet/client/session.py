@@ -12,7 +12,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from p2pnet.client.networks import LOOK_FURTHER, NetworkInfo, Networks, raise_refusal
+from p2pnet.client.link import LOOK_FURTHER
+from p2pnet.client.networks import NetworkInfo, Networks, raise_refusal
 from p2pnet.client.terms import Terms, first_keepers, new_manifest
 from p2pnet.clock import wall_ms
 from p2pnet.data.blobs import is_state_there, open_state
@@ -76,8 +77,8 @@ class Session(Networks):
             pass
         else:
             raise UsageError(
-                f"a network named {graph.name!r} is here already ({taken.network_id}): give "
-                "yours another name"
+                f"a network named {graph.name!r} is here already ({taken.network_id}), or was "
+                "within the last minute or two: give yours another name"
             )
         alive = await self.hosting()
         candidates = await self._candidates(graph.name, alive, orchestrator, terms)

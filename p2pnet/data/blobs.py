@@ -239,7 +239,10 @@ def path_of(url: str) -> Path:
     """The absolute path in a file:// URL; raises UsageError for anything else."""
     parts = urlsplit(url)
     if parts.scheme != "file" or parts.netloc not in ("", "localhost") or len(parts.path) < 2:
-        raise UsageError(f"{url!r} is no URL of a local file: write for example file:///srv/p2pnet")
+        raise UsageError(
+            f"{url!r} is no URL of a local file: write for example file:///srv/p2pnet or "
+            "s3://bucket/prefix"
+        )
     return Path(unquote(parts.path))
 
 

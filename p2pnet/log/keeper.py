@@ -7,16 +7,6 @@ stays and is told to whoever asks. Beyond Paxos a keeper knows the log's
 rules and refuses what would not count, signs what it accepts, and takes nothing
 for decided without a majority's votes (see `proof`).
 
-Room. Where it runs out, logs that are of no use here any more go (`KeptLog.use`).
-An acceptor that forgot would break Paxos, so none does:
-- of promises alone the highest ballot is kept, one for all such logs (`_floor`):
-  to promise more than was asked for is always safe;
-- in all slots that this keeper may have voted in, of any other log, it takes part
-  no more (`Gone`): Paxos bears keepers that are dead. It may learn them again, by
-  proofs, like anybody;
-- a log that others keep goes only when they have decided a slot: a majority of
-  them then has all slots before it, so there are as many copies as of any entry.
-
 Ballots cannot be used up: their rounds go no further than this keeper's clock
 (`ROUND_AHEAD`), so who drives them to the end is outdone a millisecond later. A
 bound to how far one Prepare may jump would not do: two keepers that are driven to
@@ -37,7 +27,7 @@ from google.protobuf.message import DecodeError
 
 from p2pnet.core import Tick
 from p2pnet.dht.manifest import check_network_id
-from p2pnet.errors import ForgedError, LocalError, MalformedError, RefusedError, RemoteError
+from p2pnet.errors import ForgedError, LocalError, MalformedError, RemoteError
 from p2pnet.keys import KeyPair
 from p2pnet.log.entry import parse_entry
 from p2pnet.log.history import (
@@ -48,19 +38,16 @@ from p2pnet.log.history import (
     manifest_grants,
     open_charter,
 )
-from p2pnet.log.kept import KEPT_S, Gone, KeptLog, decided_record
+from p2pnet.log.kept import Gone, KeptLog, decided_record, refused, refused_gone
 from p2pnet.log.kept import to_ballot as to_ballot
 from p2pnet.log.kept import to_key as to_key
 from p2pnet.log.proof import BallotKey, vote
+from p2pnet.log.room import GONE_MAX, NETWORKS_MAX, Places
 from p2pnet.v1 import common_pb2, log_pb2
 
-NETWORKS_MAX = 1_024
-UNCLAIMED_MAX = 16  # logs without an entry, of one caller
-GONE_MAX = 16_384  # logs given up that have to be remembered
 ROUND_AHEAD = 24 * 3600 * 1000  # ms: rounds are at most the wall clock's ms since 1970, and this
 ROUND_STEP = 2**16  # and whatever the clock says, this much above the one promised
 ROUND_MAX = 2**62
-BYTES_MAX = 256 << 20  # of all logs kept
 READ_BYTES_MAX = 2 << 20  # of one reply to ReadLog, or the first entry
 BATCH_ENTRIES = 32  # of one Learn or ReadLog: each costs its checker about 1 ms
 
@@ -175,7 +162,6 @@ class Keeper:
             if log.accepted is not None:
                 assert log.promised is not None
                 assert log.promised >= log.accepted
-            assert log.history.entries or log.promised is not None
         assert len(self._logs) <= NETWORKS_MAX
         assert len(self._gone) <= GONE_MAX
 
@@ -351,7 +337,7 @@ class Keeper:
         if gone is not None and next_slot < gone.next_slot and not reply.entries:
             # "Nothing more is known" would be a lie, and a majority of lies an empty log.
             if not gone.keepers or gone.closed:
-                raise _refused_gone(gone)
+                raise refused_gone(gone)
             reply.keepers.extend(gone.keepers)
         return reply
 
@@ -364,7 +350,7 @@ class Keeper:
         if log is None:
             gone = self._gone.get(network_id)
             if gone is not None and gone.closed:
-                raise _refused_gone(gone)
+                raise refused_gone(gone)
             log = KeptLog(History(network_id, self._grants), promised=self._floor)
         if log.history.manifest is not None:
             self._check_granted(network_id, log.history.manifest, caller)
@@ -372,11 +358,11 @@ class Keeper:
 
     def _check_granted(self, network_id: str, manifest: common_pb2.Signed, caller: str) -> None:
         if not self._grants(network_id, manifest, caller):
-            raise _refused("NOT_GRANTED", f"the owner does not let {caller} write this log")
+            raise refused("NOT_GRANTED", f"the owner does not let {caller} write this log")
 
     def _check_named(self, keepers: Sequence[str]) -> None:
         if self._me not in keepers:
-            raise _refused("NOT_HOSTED", "the network's manifest names other keepers")
+            raise refused("NOT_HOSTED", "the network's manifest names other keepers")
 
     def _ballot(self, caller: str, ballot: log_pb2.Ballot, log: KeptLog, wall_ms: int) -> BallotKey:
         if ballot.proposer != caller or not 1 <= ballot.round <= ROUND_MAX:
@@ -385,10 +371,10 @@ class Keeper:
         if ballot.round > max(wall_ms + ROUND_AHEAD, step_max):
             raise MalformedError("a ballot is of a round that is still to come")
         if log.history.keepers and self._me not in log.history.keepers:
-            raise _refused("NOT_HOSTED", "this peer is not a keeper of that slot")
+            raise refused("NOT_HOSTED", "this peer is not a keeper of that slot")
         gone = self._gone.get(log.history.network_id)
         if gone is not None and log.history.next_slot < gone.next_slot:
-            raise _refused_gone(gone)  # it may have voted there
+            raise refused_gone(gone)  # it may have voted there
         return to_key(ballot)
 
     # --- room ---
@@ -396,56 +382,9 @@ class Keeper:
     def _in_the_way(
         self, log: KeptLog, caller: str, now: float, entry: common_pb2.Signed | None = None
     ) -> list[str]:
-        """Which logs have to go for `log`, or an entry in it; RefusedError: none may."""
-        network_id = log.history.network_id
-        going: list[str] = []
-        if network_id not in self._logs:
-            # Nobody has claimed them yet, so nothing says that they are anyone's.
-            unclaimed = sum(
-                1
-                for other in self._logs.values()
-                if not other.history.entries and other.promised and other.promised[1] == caller
-            )
-            if unclaimed >= UNCLAIMED_MAX:
-                raise _refused("BUSY", "this peer keeps as many logs of yours as it may")
-            if len(self._logs) >= NETWORKS_MAX:
-                going = self._spare(log, now)[:1]
-                if not going:
-                    raise _refused("BUSY", "this peer keeps as many logs as it can")
-        if entry is None:
-            return going
-        held = len(entry.payload) + sum(
-            other.size_bytes for name, other in self._logs.items() if name not in going
-        )
-        if held > BYTES_MAX:
-            for name in self._spare(log, now):
-                size_bytes = self._logs[name].size_bytes
-                if held > BYTES_MAX and size_bytes and name not in going:
-                    going.append(name)
-                    held -= size_bytes
-        if held > BYTES_MAX:
-            raise _refused("NO_MEMORY", "this peer's room for logs is full")
-        return going
-
-    def _spare(self, wanted: KeptLog, now: float) -> list[str]:
-        """The logs that may go, who is missed least and longest unused first."""
         assert self._began is not None
-        found: list[tuple[int, float, str]] = []
-        places = GONE_MAX - len(self._gone)
-        for network_id, log in self._logs.items():
-            used_at = self._began if log.used_at is None else log.used_at
-            use = log.use(self._me)
-            idle = use == 0 or (use < 4 and now - used_at >= KEPT_S)
-            if idle and log is not wanted:
-                found.append((use, used_at, network_id))
-        spare: list[str] = []
-        for use, _, network_id in sorted(found):
-            if use and network_id not in self._gone:
-                if not places:
-                    continue
-                places -= 1
-            spare.append(network_id)
-        return spare
+        places = Places(self._me, self._logs, self._gone, self._began)
+        return places.in_the_way(log, caller, now, entry)
 
     def _give_up(self, networks: Sequence[str]) -> list[Effect]:
         effects: list[Effect] = []
@@ -470,13 +409,3 @@ def _persist(log: KeptLog) -> Persist:
 def _floor_record(floor: BallotKey) -> bytes:
     record = log_pb2.PrepareReply(promised=True, ballot=to_ballot(floor))
     return record.SerializeToString(deterministic=True)
-
-
-def _refused_gone(gone: Gone) -> RefusedError:
-    if gone.closed:
-        return _refused("CLOSED", "the network's owner has ended it, and its log is gone here")
-    return _refused("NOT_HOSTED", "this peer does not keep that slot any more")
-
-
-def _refused(code: str, detail: str) -> RefusedError:
-    return RefusedError(detail, code=common_pb2.RefusalCode.Value(f"REFUSAL_CODE_{code}"))

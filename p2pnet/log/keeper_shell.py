@@ -11,7 +11,7 @@ from p2pnet import clock
 from p2pnet.errors import LocalError, ResourceError
 from p2pnet.keys import KeyPair
 from p2pnet.log.history import History
-from p2pnet.log.keeper import Accept, Event, Keeper, Learn, Persist, Prepare, Read, Reply
+from p2pnet.log.keeper import Accept, Event, Forget, Keeper, Learn, Persist, Prepare, Read, Reply
 from p2pnet.net.handlers import Caller, Method, unary
 from p2pnet.v1 import log_pb2
 
@@ -56,12 +56,12 @@ class KeeperService:
     async def _prepare(
         self, request: log_pb2.PrepareRequest, caller: Caller
     ) -> log_pb2.PrepareReply:
-        reply = await self._answer(Prepare(caller.peer_id, request))
+        reply = await self._answer(Prepare(caller.peer_id, request, clock.wall_ms()))
         assert isinstance(reply, log_pb2.PrepareReply)
         return reply
 
     async def _accept(self, request: log_pb2.AcceptRequest, caller: Caller) -> log_pb2.AcceptReply:
-        reply = await self._answer(Accept(caller.peer_id, request))
+        reply = await self._answer(Accept(caller.peer_id, request, clock.wall_ms()))
         assert isinstance(reply, log_pb2.AcceptReply)
         return reply
 
@@ -84,35 +84,59 @@ class KeeperService:
             if self._broken:  # the core has promised what the disk does not know
                 raise ResourceError(self._broken)
             effects = self._core.handle(event, clock.now())
-            kept = [effect for effect in effects if isinstance(effect, Persist)]
+            kept = [effect for effect in effects if isinstance(effect, Persist | Forget)]
             if kept:
                 try:
                     await asyncio.to_thread(self._write, kept)
                 except OSError as error:
                     self._broken = f"this keeper cannot write: {error.strerror}"
                     raise ResourceError(self._broken) from error
+            if isinstance(event, Learn) and self._emit is not None:
+                for effect in kept:
+                    if isinstance(effect, Persist):
+                        self._emit("log_learned", network_id=effect.network_id, slot=effect.slot)
             return next(effect.message for effect in effects if isinstance(effect, Reply))
 
-    def _write(self, kept: Sequence[Persist]) -> None:
-        """All are of one network. After a crash in between the first of them are there.
+    def _write(self, kept: Sequence[Persist | Forget]) -> None:
+        """In order. After a crash in between the first of them are there.
 
         That names appear in the order of their making is what journals of file systems
         give; were it otherwise, `_read_all` and `Keeper.load` would say that one is missing.
         """
-        folder = self._directory / kept[0].network_id
-        folder.mkdir(parents=True, exist_ok=True)
-        for effect in kept:
+        for number, effect in enumerate(kept):
+            folder = self._directory / effect.network_id
+            if isinstance(effect, Forget):
+                self._forget(folder)
+                continue
+            new = not folder.is_dir()
+            folder.mkdir(parents=True, exist_ok=True)
             temporary = folder / f".{effect.slot}"
             with temporary.open("wb") as file:
                 file.write(effect.data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, folder / str(effect.slot))
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)  # the new names, too
-        finally:
-            os.close(descriptor)
+            following = kept[number + 1] if number + 1 < len(kept) else None
+            if not isinstance(following, Persist) or following.network_id != effect.network_id:
+                _sync(folder)  # the new names, too
+            if new:
+                _sync(self._directory)
+
+    def _forget(self, folder: Path) -> None:
+        slots = [int(file.name) for file in folder.iterdir() if file.name.isdigit()]
+        for slot in sorted(slots, reverse=True):
+            if slot:  # in 0 is what must be remembered of it
+                (folder / str(slot)).unlink()
+        if 0 not in slots:
+            folder.rmdir()
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _read_all(directory: Path) -> dict[tuple[str, int], bytes]:

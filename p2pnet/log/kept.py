@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from p2pnet.errors import RefusedError
 from p2pnet.log.history import History, deciders_of_last
 from p2pnet.log.proof import BallotKey, take_decided
 from p2pnet.v1 import common_pb2, kept_pb2, log_pb2
 
-KEPT_S = 3600.0  # how long a log that is of no use any more still answers those who read it
+NEEDED = 4
 
 
 @dataclass(slots=True)
@@ -44,11 +45,11 @@ class KeptLog:
         return record.SerializeToString(deterministic=True)
 
     def use(self, me: str) -> int:
-        """Of how much use it is to have it here; what has 0 to 3 may go, the least first.
+        """Of how much use it is to have it here; what is below `NEEDED` may go.
 
         0: promises alone. 1: closed. 2: others keep it, and have shown that they do: a
         majority of them has decided a slot, and so has all slots before it. 3: an entry
-        that nobody has decided. 4: it is needed.
+        that nobody has decided.
         """
         history = self.history
         if not history.entries:
@@ -56,7 +57,7 @@ class KeptLog:
         if history.closing is not None:
             return 1
         if me in history.keepers or me in deciders_of_last(history):
-            return 4
+            return NEEDED
         return 2
 
 
@@ -110,3 +111,15 @@ def to_ballot(key: BallotKey) -> log_pb2.Ballot:
 def to_key(ballot: log_pb2.Ballot) -> BallotKey:
     """A ballot as it is compared."""
     return ballot.round, ballot.proposer
+
+
+def refused_gone(gone: Gone) -> RefusedError:
+    """The answer about a log that was given up."""
+    if gone.closed:
+        return refused("CLOSED", "the network's owner has ended it, and its log is gone here")
+    return refused("NOT_HOSTED", "this peer does not keep that slot any more")
+
+
+def refused(code: str, detail: str) -> RefusedError:
+    """A keeper's refusal; `code` without its prefix."""
+    return RefusedError(detail, code=common_pb2.RefusalCode.Value(f"REFUSAL_CODE_{code}"))

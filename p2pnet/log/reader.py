@@ -22,8 +22,8 @@ from p2pnet.dht.manifest import check_keepers
 from p2pnet.errors import ForgedError, RemoteError
 from p2pnet.keys import short
 from p2pnet.log.history import History
-from p2pnet.log.keeper import BYTES_MAX
 from p2pnet.log.proof import majority, take_decided
+from p2pnet.log.room import BYTES_MAX
 from p2pnet.v1 import common_pb2, log_pb2
 
 GRACE_S = 0.3  # for who knows more than a majority, once a majority has answered

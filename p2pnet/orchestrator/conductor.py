@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum, auto
 
+from p2pnet.bounded import keep_latest
 from p2pnet.core import Tick
 from p2pnet.errors import RemoteError
 from p2pnet.keys import KeyPair, short
@@ -41,7 +42,9 @@ BACKOFF_MAX_S = 60.0
 IMPROVE_S = 30.0
 KEEPER_GONE_S = 30.0
 LOG_PATIENCE_S = 60.0
+LIMITED_S = 60.0  # between looks whether the owner's limits allow more
 WELL_S = 60.0
+GONE_MAX = 10_000
 RELOCATIONS_KEPT = 1000
 
 STALE = common_pb2.REFUSAL_CODE_STALE_EPOCH
@@ -123,6 +126,7 @@ class Conductor:
         self._acceptances: list[common_pb2.Signed] = []
         self._disagreed = ""  # why the present allocation has failed
         self._move: Move | None = None
+        self._gone: dict[str, None] = {}  # members that are no more, and have not come back
         self._resume_at: float | None = None
         self._ready_at = 0.0
         self._improve_at = 0.0
@@ -506,8 +510,10 @@ class Conductor:
     def _planned(self, event: m.Planned) -> None:
         desk = self._desk
         self._plans.pop(event.purpose, None)
-        if event.alive:
-            desk.alive = dict.fromkeys((*event.alive, desk.key.peer_id))
+        # A plan may be of a moment before somebody died, and nobody says so twice.
+        there = [peer for peer in event.alive if peer not in self._gone]
+        if there:
+            desk.alive = dict.fromkeys((*there, desk.key.peer_id))
         for host in event.absent:
             desk.hosts.shun(host, desk.now)
         if event.purpose is not m.Purpose.PLACE:
@@ -543,9 +549,19 @@ class Conductor:
         try:
             check_entry(entry, desk.history)
         except RemoteError as error:  # not granted, or more than the owner's limits allow
-            self._over(FAILED, str(error))
+            if desk.epoch:
+                self._wait(str(error), LIMITED_S)
+            else:
+                self._over(FAILED, str(error))
             return
         self._append(_Entry.CLAIM, entry)
+
+    @property
+    def _claims_left(self) -> bool:
+        """Whether the owner allows one more claim."""
+        charter = self.history.charter
+        limit = 0 if charter is None else charter.limits.claims_max
+        return not limit or len(self.history.claims) < limit
 
     def _claimed(self, entry: common_pb2.Signed) -> None:
         desk = self._desk
@@ -649,8 +665,11 @@ class Conductor:
     # Moves in good order
 
     def _start_move(self, purpose: m.Purpose, reason: str) -> None:
-        self._move = Move(purpose, reason)
-        self._make_plan(purpose)
+        if self._claims_left:
+            self._move = Move(purpose, reason)
+            self._make_plan(purpose)
+        else:
+            self._asks.nowhere_to_go("the owner allows no more claims")
 
     def _move_planned(self, event: m.Planned) -> None:
         desk, move = self._desk, self._move
@@ -700,6 +719,7 @@ class Conductor:
     def _member_gone(self, event: m.MemberGone) -> None:
         desk = self._desk
         desk.alive.pop(event.peer_id, None)
+        keep_latest(self._gone, event.peer_id, None, GONE_MAX)
         reason = f"peer {short(event.peer_id)} {event.why}"
         if self.phase is Phase.ALLOCATING and event.peer_id in self._chosen.values():
             desk.hosts.shun(event.peer_id, desk.now)
@@ -725,7 +745,7 @@ class Conductor:
                 self._keepers_at = desk.now + KEEPER_GONE_S
         elif self._training.feeding:
             self._training.cut_soon()
-        elif self._move is None:
+        elif self._move is None and self._claims_left:
             reason = f"keeper {short(lost)} of the log is gone"
             self._move = Move(m.Purpose.MOVE, reason, dict(desk.placement), cutting=True)
             self._training.last_cut()
@@ -734,6 +754,7 @@ class Conductor:
     def _member_came(self, peer_id: str) -> None:
         desk = self._desk
         desk.alive[peer_id] = None
+        self._gone.pop(peer_id, None)
         desk.hosts.came(peer_id)
         if self.phase is Phase.WAITING and self._resume_at is not None:
             self._resume_at = min(self._resume_at, desk.now + BACKOFF_S)
@@ -804,7 +825,8 @@ class Conductor:
         self._training.end(STALE if code == DRAINING else code, reason)
         self._asks.refuse_all(code, reason)
         desk.out.append(m.Withdraw())
-        if code == CLOSED:
-            desk.out += [m.Release(host, self.history.epoch) for host in by_host(self.placement)]
+        if code in (CLOSED, STALE):  # our hosts may not have heard of it
+            epoch = desk.history.epoch if code == CLOSED else desk.epoch
+            desk.out += [m.Release(host, epoch) for host in by_host(self.placement)]
         desk.note("closed" if code == CLOSED else "over", reason=reason, peer=orchestrator)
         desk.out.append(m.Over(code, reason, orchestrator))

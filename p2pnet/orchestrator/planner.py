@@ -44,7 +44,13 @@ class Planner:
         try:
             placement, reason = await asyncio.to_thread(self._place, request, usable)
         except UsageError as error:
-            return Planned(request.purpose, None, str(error), alive, absent)
+            reason = str(error)
+            if hosts and not usable:
+                reason = (
+                    f"all {len(hosts)} peers that host VNodes have refused or failed lately; "
+                    "they are asked again in a while"
+                )
+            return Planned(request.purpose, None, reason, alive, absent)
         return Planned(request.purpose, placement, reason, alive, absent)
 
     def _place(

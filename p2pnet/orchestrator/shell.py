@@ -482,9 +482,12 @@ class Orchestrator:
             return common_pb2.Refusal(code=common_pb2.REFUSAL_CODE_CLOSED, detail=detail)
         me = self._swarm.keypair.peer_id
         elsewhere = known is not None and known.orchestrator != me
+        detail = "this peer does not orchestrate that network"
+        if over is not None:
+            detail += f" any more: {over.reason}"
         return common_pb2.Refusal(
             code=UNKNOWN,
-            detail="this peer does not orchestrate that network",
+            detail=detail,
             epoch=known.epoch if known is not None and elsewhere else 0,
             host=known.orchestrator if known is not None and elsewhere else "",
         )

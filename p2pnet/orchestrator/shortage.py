@@ -59,9 +59,11 @@ def too_small(
     else:
         lack = f"and {have} {free} free, but in pieces that are too small or too few"
     vnode, need = unplaced[0]
+    most = f"and the most that a peer has free is {format_size(largest)}"
+    if need <= largest:
+        most = "and finds no room once the others are placed"
     text = (
-        f"the swarm is too small: VNode {vnode} needs {format_size(need)} and the most that a "
-        f"peer has free is {format_size(largest)}; the network needs {format_size(total_bytes)} "
+        f"the swarm is too small: VNode {vnode} needs {format_size(need)} {most}; the network needs {format_size(total_bytes)} "
         f"in all, {lack}: {more} with {format_size(each)} free would do, or larger --memory where "
         "peers join"
     )

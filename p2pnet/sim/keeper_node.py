@@ -6,7 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 from p2pnet.log.history import History
-from p2pnet.log.keeper import Accept, Effect, Event, Keeper, Learn, Persist, Prepare, Read, Reply
+from p2pnet.log.keeper import (
+    Accept,
+    Effect,
+    Event,
+    Forget,
+    Keeper,
+    Learn,
+    Persist,
+    Prepare,
+    Read,
+    Reply,
+)
 from p2pnet.sim.calls import Calls
 from p2pnet.sim.machine import Machine
 from p2pnet.v1 import common_pb2
@@ -51,6 +62,10 @@ class KeeperNode:
                 disk = self.machine.disk.setdefault(_FILE, {})
                 disk[effect.network_id, effect.slot] = effect.data
                 self._note(effect)
+            elif isinstance(effect, Forget):
+                disk = self.machine.disk.get(_FILE, {})
+                for name in [name for name in disk if name[0] == effect.network_id and name[1]]:
+                    del disk[name]
             elif isinstance(effect, Reply):
                 self.core.check()
                 return effect.message

@@ -21,6 +21,7 @@ from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.network import BATCH_SAMPLES, refusal
 
 LEASE_S_MAX = 3600
+_MISFIT = "what is to be hosted does not fit the network's manifest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,30 +100,35 @@ def examine_manifest(
         return _no("NOT_GRANTED", "this peer hosts no VNodes")
     try:
         manifest = open_manifest(request.manifest)
-        graph = CompiledGraph.from_json(request.graph)
     except RemoteError as error:
         return _bad(str(error))
     wanted = dict.fromkeys(request.vnodes)
-    known = dict.fromkeys(graph.vnodes())
     if (
         network_id_of(request.manifest) != request.network_id
         or sha256(request.graph) != manifest.spec_digest
         or not 0 < len(wanted) == len(request.vnodes)
-        or any(vnode not in known for vnode in wanted)
     ):
-        return _bad("what is to be hosted does not fit the network's manifest")
+        return _bad(_MISFIT)
+    name = manifest.name
     if not grants(manifest, caller):
         return _no(
-            "NOT_GRANTED", f"the owner of {graph.name} does not let {short(caller)} orchestrate it"
+            "NOT_GRANTED", f"the owner of {name} does not let {short(caller)} orchestrate it"
         )
     if manifest.state_url not in ("", limits.state_url):
         # Nobody but this machine's user says which of its directories are written.
         return _no("NOT_GRANTED", f"this peer was not started with --state {manifest.state_url}")
     expires_at_ms = manifest.limits.expires_at_ms
     if expires_at_ms and wall_ms > expires_at_ms:
-        return _no("NOT_GRANTED", f"the time that the owner of {graph.name} gave it is over")
+        return _no("NOT_GRANTED", f"the time that the owner of {name} gave it is over")
     if why := limits.serves(request.network_id, manifest.owner):
         return _no("NOT_IN_SERVICE", why)
+    try:  # last, since it costs most: 0.1 ms a VNode
+        graph = CompiledGraph.from_json(request.graph)
+    except RemoteError as error:
+        return _bad(str(error))
+    known = dict.fromkeys(graph.vnodes())
+    if any(vnode not in known for vnode in wanted):
+        return _bad(_MISFIT)
     return Offer(
         network_id=request.network_id,
         manifest=request.manifest,

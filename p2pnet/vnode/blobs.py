@@ -117,15 +117,16 @@ class BlobKeeper:
         return ref
 
     async def fetch(self, ref: common_pb2.BlobRef, network_id: str, state_url: str) -> bytes:
-        """A state, from here or from a holder.
+        """A state, from here or from a holder; it has the digest that `ref` names.
 
         Raises:
             UnreachableError: nobody has it.
+            NotFoundError, ResourceError: the store at `state_url` has not got it, or not
+                as it was, or does not answer.
         """
         if state_url:
-            return await asyncio.to_thread(
-                open_state(state_url, BLOBS_BYTES_MAX).get, ref.digest.hex()
-            )
+            shared = open_state(state_url, BLOB_BYTES_MAX)
+            return await asyncio.to_thread(shared.get, ref.digest.hex())
         try:
             return await asyncio.to_thread(self._store.get, ref.digest.hex())
         except (NotFoundError, ResourceError):

@@ -15,6 +15,7 @@ from p2pnet.keys import short
 from p2pnet.log.entry import parse_entry
 from p2pnet.log.history import placement_of
 from p2pnet.v1 import common_pb2
+from p2pnet.vnode.admission import Offer
 from p2pnet.vnode.network import refusal
 from p2pnet.vnode.standing import Standing, follow
 from p2pnet.vnode.tenancy_events import (
@@ -34,6 +35,7 @@ class Call:
 
     asked: AllocateAsked | ReadyAsked | DropAsked | ClaimShown
     until: float
+    offer: Offer | None = None  # what has been examined, of an Allocate or Ready
 
     @property
     def claim(self) -> common_pb2.Signed | None:
@@ -49,7 +51,7 @@ class Follower:
     Attributes:
         standing: how far it has been followed.
         manifest: the network's; None: as after a restart, until somebody shows it.
-        claim: the newest, unless it was read before a restart.
+        claim: the newest, unless it is very large and was read before a restart.
         placement: VNode -> peer id, as that claim says.
         is_read: whether a read is under way.
         is_behind: whether a read has brought a part of the log and not its end, so that

@@ -18,7 +18,8 @@ from p2pnet.log.history import History
 from p2pnet.v1 import common_pb2, kept_pb2, log_pb2
 
 _KIND, _VERSION = b"host", 1
-RECORD_BYTES_MAX = 16 << 10
+NEWEST_BYTES_MAX = 256 << 10
+RECORD_BYTES_MAX = NEWEST_BYTES_MAX + (16 << 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,10 @@ class Standing:
     committed_step: int = 0
     closed: bool = False
 
-    def seal(self) -> bytes:
-        """As it is kept on disk."""
+    def seal(self, newest: common_pb2.Signed | None = None) -> bytes:
+        """As it is kept on disk, with the newest claim's entry if it is at hand."""
+        if newest is not None and newest.ByteSize() > NEWEST_BYTES_MAX:
+            newest = None
         kept = kept_pb2.KeptStanding(
             network_id=self.network_id,
             slot=self.slot,
@@ -52,12 +55,19 @@ class Standing:
             claim=self.claim,
             committed_step=self.committed_step,
             closed=self.closed,
+            newest=newest,
         )
         return sealed.seal(_KIND, _VERSION, kept.SerializeToString(deterministic=True))
 
 
-def unseal_standing(network_id: str, data: bytes) -> Standing:
-    """What was kept of a network; raises LocalError where that is damaged, and how."""
+def unseal_standing(
+    network_id: str, data: bytes
+) -> tuple[Standing, tuple[common_pb2.Signed, log_pb2.Claim] | None]:
+    """What was kept of a network, and the newest claim: its entry, and what that says.
+
+    Raises:
+        LocalError: it is damaged, and how.
+    """
     kept = sealed.unseal_message(kept_pb2.KeptStanding, _KIND, _VERSION, data, RECORD_BYTES_MAX)
     try:
         check_network_id(network_id)
@@ -65,7 +75,7 @@ def unseal_standing(network_id: str, data: bytes) -> Standing:
         raise LocalError(str(error)) from None
     if kept.network_id != network_id:
         raise LocalError("it is about another network than its name says")
-    return Standing(
+    standing = Standing(
         network_id=network_id,
         slot=kept.slot,
         previous=kept.previous,
@@ -76,6 +86,15 @@ def unseal_standing(network_id: str, data: bytes) -> Standing:
         committed_step=kept.committed_step,
         closed=kept.closed,
     )
+    if not kept.HasField("newest"):
+        return standing, None
+    try:
+        claim = parse_entry(kept.newest).claim
+    except MalformedError as error:
+        raise LocalError(str(error)) from None
+    if sha256(kept.newest.payload) != standing.claim:
+        raise LocalError("its claim is not the one that it says")
+    return standing, (kept.newest, claim)
 
 
 class _Tail(History):

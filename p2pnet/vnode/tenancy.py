@@ -19,6 +19,7 @@ from typing import Self
 from p2pnet.core import Tick
 from p2pnet.errors import LocalError, RemoteError
 from p2pnet.log.entry import parse_entry
+from p2pnet.log.history import placement_of
 from p2pnet.v1 import common_pb2
 from p2pnet.vnode.admission import (
     LEASE_S_MAX,
@@ -69,6 +70,7 @@ class _Network:
     log: Follower
     kept: Standing | None = None  # as it is on disk
     spent: int = 0  # the newest epoch whose VNodes were here and are no longer
+    was_here: bool = False  # before a restart, and no newer claim has been read since
     tenant: Tenant | None = None
     lease_until: float = 0.0
     look_at: float = 0.0  # when the log is asked whether the tenant still is one
@@ -91,10 +93,14 @@ class Tenancy:
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Takes one event and says what is to be done, in that order."""
         match event:
-            case AllocateAsked() | DropAsked() | ClaimShown():
-                return self._try(Call(event, now + WAITS_S), now, final=False)
+            case AllocateAsked():
+                offer = examine(event.request, event.caller, self._limits, event.wall_ms)
+                return self._offered(event, offer, now + WAITS_S, now)
             case ReadyAsked():
-                return self._try(Call(event, now + READY_WAITS_S), now, final=False)
+                offer = examine_manifest(event.request, event.caller, self._limits, event.wall_ms)
+                return self._offered(event, offer, now + READY_WAITS_S, now)
+            case DropAsked() | ClaimShown():
+                return self._try(Call(event, now + WAITS_S), now, final=False)
             case HeartbeatCame():
                 return self._renew(event, now)
             case LogRead():
@@ -142,7 +148,9 @@ class Tenancy:
 
     def dump(self) -> dict[str, bytes]:
         """What is on disk, by network id."""
-        return {id_: net.kept.seal() for id_, net in self._networks.items() if net.kept}
+        return {
+            id_: net.kept.seal(net.log.claim) for id_, net in self._networks.items() if net.kept
+        }
 
     @classmethod
     def load(cls, limits: Limits, records: Mapping[str, bytes]) -> Self:
@@ -150,12 +158,16 @@ class Tenancy:
         self = cls(limits)
         for network_id in sorted(records)[:KNOWN_MAX]:
             try:
-                standing = unseal_standing(network_id, records[network_id])
+                standing, newest = unseal_standing(network_id, records[network_id])
             except LocalError as error:
                 logger.warning("what was kept of network %s is not used: %s", network_id, error)
                 continue
             log = Follower(standing)
-            self._networks[network_id] = _Network(log, kept=standing, spent=standing.epoch)
+            net = _Network(log, kept=standing, spent=standing.epoch)
+            if newest is not None:
+                log.claim, log.placement = newest[0], placement_of(newest[1])
+                net.was_here = limits.me in log.placement.values()
+            self._networks[network_id] = net
         return self
 
     # Looking
@@ -176,16 +188,16 @@ class Tenancy:
         return None if net is None else net.tenant
 
     def claims(self) -> list[tuple[common_pb2.Signed, bool]]:
-        """Of every network that is hosted the claim, and of those that were closed here the last.
+        """Of every network that is hosted, or was when this node went down, the newest claim.
 
-        Each with whether the network is closed.
+        And of those that were closed here the last. Each with whether the network is closed.
         """
         nets = (self._networks[network_id] for network_id in sorted(self._networks))
         return [
             (net.log.claim, net.standing.closed)
             for net in nets
             if net.log.claim is not None
-            and (net.tenant is not None or (net.standing.closed and net.kept is not None))
+            and (net.tenant or net.was_here or (net.standing.closed and net.kept))
         ]
 
     def standing(self, network_id: str) -> Standing | None:
@@ -248,6 +260,17 @@ class Tenancy:
 
     # Deciding
 
+    def _offered(
+        self,
+        event: AllocateAsked | ReadyAsked,
+        offer: Offer | common_pb2.Refusal,
+        until: float,
+        now: float,
+    ) -> list[Effect]:
+        if isinstance(offer, common_pb2.Refusal):
+            return [Reply(event.ask, offer)]
+        return self._try(Call(event, until, offer), now, final=False)
+
     def _try(self, call: Call, now: float, *, final: bool) -> list[Effect]:
         """Answers a call if that can be done; else, unless `final`, asks the log first."""
         match call.asked:
@@ -261,10 +284,8 @@ class Tenancy:
                 return self._vouch(call, call.asked, final)
 
     def _allocate(self, call: Call, event: AllocateAsked, now: float, final: bool) -> list[Effect]:
-        request = event.request
-        offer = examine(request, event.caller, self._limits, event.wall_ms)
-        if isinstance(offer, common_pb2.Refusal):
-            return [Reply(event.ask, offer)]
+        request, offer = event.request, call.offer
+        assert offer is not None
         net = self._networks.get(offer.network_id)
         if net is not None and (no := self._outdone(net, offer)):
             return [Reply(event.ask, no)]
@@ -334,9 +355,8 @@ class Tenancy:
 
     def _get_ready(self, call: Call, event: ReadyAsked, final: bool) -> list[Effect]:
         """Whether there is room; the log is read before, so that a claim finds it known."""
-        offer = examine_manifest(event.request, event.caller, self._limits, event.wall_ms)
-        if isinstance(offer, common_pb2.Refusal):
-            return [Reply(event.ask, offer)]
+        offer = call.offer
+        assert offer is not None
         net = self._networks.get(offer.network_id)
         if net is not None and net.standing.closed:
             return [Reply(event.ask, net.log.closed())]
@@ -419,6 +439,7 @@ class Tenancy:
         effects: list[Effect] = []
         try:
             if net.log.take(event.entries):
+                net.was_here = False
                 effects += self._end(net)  # under the older claim nothing counts any more
                 if net.kept is not None:
                     effects += self._keep(net)
@@ -462,7 +483,7 @@ class Tenancy:
         if net.kept == net.standing:
             return []
         net.kept = net.standing
-        return [Persist(net.standing.network_id, net.standing.seal())]
+        return [Persist(net.standing.network_id, net.standing.seal(net.log.claim))]
 
     def _not_kept(self, network_id: str) -> list[Effect]:
         net = self._networks.get(network_id)

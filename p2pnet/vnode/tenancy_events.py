@@ -84,7 +84,7 @@ class LogSilent:
 
 @dataclass(frozen=True, slots=True)
 class NotPersisted:
-    """The disk did not take a `Persist`: what rests on it is not begun, and is given up."""
+    """The disk did not take a `Persist`, or VNodes could not be begun: they are given up."""
 
     network_id: str
 

@@ -34,6 +34,7 @@ from p2pnet.vnode.tenancy_events import (
 
 logger = logging.getLogger(__name__)
 
+ASKS_MAX = 1024  # calls that wait for an answer
 PART_ENTRIES = 16  # of a log; each costs a signature to check, a millisecond on a busy machine
 
 
@@ -76,6 +77,8 @@ class TenancyShell:
 
     async def ask(self, make: Callable[[int], Event]) -> common_pb2.Refusal | None:
         """Hands the core a call, and waits for its answer; None: yes."""
+        if len(self._answers) >= ASKS_MAX:
+            return refusal(common_pb2.REFUSAL_CODE_BUSY, "too many ask this peer at once")
         self._asks += 1
         ask = self._asks
         answer: asyncio.Future[common_pb2.Refusal | None]
@@ -108,30 +111,36 @@ class TenancyShell:
     async def _work(self) -> None:
         while True:
             effects = await self._batches.get()
-            lost: dict[str, str] = {}  # networks that could not be written, and why
+            lost: dict[str, str] = {}  # networks whose VNodes are not to be, and why
             for effect in effects:
-                if isinstance(effect, Persist):
-                    try:
-                        await asyncio.to_thread(self._write, effect)
-                    except ResourceError as error:
-                        lost[effect.network_id] = str(error)
-                elif isinstance(effect, ReadLog):
-                    self._tasks.spawn(self._read_log(effect))
-                elif isinstance(effect, Reply):
-                    self._answer(effect.ask, effect.refusal, lost)
-                elif not (isinstance(effect, Begin) and effect.tenant.network_id in lost):
-                    self._carry_out(effect)
-            for network_id, why in lost.items():
-                logger.error("what this host agreed to cannot be kept: %s", why)
+                try:
+                    await self._do(effect, lost)
+                except Exception as error:
+                    logger.exception("a host could not do what it had decided")
+                    if isinstance(effect, Begin):
+                        lost[effect.tenant.network_id] = f"this peer failed: {error}"[:200]
+            for network_id in lost:
                 self.tell(NotPersisted(network_id))
 
-    def _answer(self, ask: int, no: common_pb2.Refusal | None, lost: dict[str, str]) -> None:
-        if no is None and lost:
-            why = f"this peer cannot write down what it agrees to: {next(iter(lost.values()))}"
-            no = refusal(common_pb2.REFUSAL_CODE_FAILED, why)
-        answer = self._answers.get(ask)
-        if answer is not None and not answer.done():
-            answer.set_result(no)
+    async def _do(self, effect: Effect, lost: dict[str, str]) -> None:
+        if isinstance(effect, Persist):
+            try:
+                await asyncio.to_thread(self._write, effect)
+            except ResourceError as error:
+                logger.error("what this host agreed to cannot be kept: %s", error)
+                why = f"this peer cannot write down what it agrees to: {error}"
+                lost[effect.network_id] = why
+        elif isinstance(effect, ReadLog):
+            self._tasks.spawn(self._read_log(effect))
+        elif isinstance(effect, Reply):
+            no = effect.refusal
+            if no is None and lost:
+                no = refusal(common_pb2.REFUSAL_CODE_FAILED, next(iter(lost.values())))
+            answer = self._answers.get(effect.ask)
+            if answer is not None and not answer.done():
+                answer.set_result(no)
+        elif not (isinstance(effect, Begin) and effect.tenant.network_id in lost):
+            self._carry_out(effect)
 
     async def _read_log(self, effect: ReadLog) -> None:
         network_id = effect.network_id

@@ -1,7 +1,8 @@
 """R8: a swarm that trains falls apart for 60 T and comes together again.
 
 Two halves, one alone (the orchestrator), a ring in which each hears only its neighbours,
-and a half that does not hear the other. At most one side commits, one view is there within
+a half that does not hear the other, and two hosts that do not reach each other though all
+others reach both. At most one side commits, one view is there within
 30 T, and the job is done. Short form: 16 nodes, each kind once, 30 T. As written: 32 nodes,
 60 T, 20 seeds of each kind.
 """
@@ -17,11 +18,11 @@ from many_seeds import failed, play, total
 from p2pnet.log import keeper, proof, proposer, reader
 from p2pnet.sim.scenarios.partition import SCENARIO
 
-KINDS = ("two halves", "one alone", "a ring", "a deaf half")
+KINDS = ("two halves", "one alone", "a ring", "a deaf half", "two hosts apart")
 SHORT = ["--nodes", "16", "--option", "apart_s=30", "--option", "steps=30"]
 
 
-@pytest.mark.parametrize("kind", range(4), ids=KINDS)
+@pytest.mark.parametrize("kind", range(len(KINDS)), ids=KINDS)
 def test_r08(kind: int, scale: Any, figure: Callable[[str], None]) -> None:
     seeds, options = (20, []) if scale.as_written else (2, SHORT)
     reports = play("partition", seeds, [*options, "--option", f"kind={kind}"])

@@ -1,10 +1,10 @@
 """R9, R10, R15: machines stand still, clocks are wrong, messages come twice, late and again.
 
 R9: 20 % of the machines, mostly the orchestrator among them, are stopped for 10 T and
-woken; what they lost they drop within 2 T (4 T where the old orchestrator wakes with them). R10: wall clocks up to an hour wrong that jump,
-2 % of drift, and stops that the clocks count (a suspended laptop). R15: half of all messages
-come twice, half out of order, half once more up to 5 s later. Short forms: 6 seeds each.
-As written: 50.
+woken; what they lost they drop within 2 T (4 T where the old orchestrator wakes with them).
+R10: wall clocks up to an hour wrong that jump, 2 % of drift, and stops that the clocks count
+(a suspended laptop). R15: half of all messages come twice, half out of order, half once more
+up to 5 s later. Short forms: 6 seeds each. As written: 50.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""R12: malformed frames at every parser of peers' bytes in the DHT, the membership and net.
+"""R12: malformed frames at every parser of peers' bytes: DHT, membership, net, logs, hosting.
 
 Short form and row as written: 100,000 frames, of which each parser gets its share
 (`fuzz.parsers.PARSERS`); `--as-written` sends 1,000,000. Hypothesis draws the seeds, and
@@ -18,10 +18,13 @@ from typing import Any
 import pytest
 from fuzz.huge import HUGE, judge_huge
 from fuzz.judge import judge
-from fuzz.parsers import PARSERS, Parser
+from fuzz.log_parsers import LOG_PARSERS
+from fuzz.parsers import PARSERS as NET_PARSERS
+from fuzz.parsers import Parser
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+PARSERS = (*NET_PARSERS, *LOG_PARSERS)
 FRAMES = 200  # of one seed
 AS_WRITTEN = 10  # times as many
 KEPT_BYTES_MAX = 48 << 20  # by all the caches behind one parser
@@ -97,6 +100,11 @@ MUTANTS = {
     "p2pnet.gossip.messages.DecodeError": "gossip request",
     "p2pnet.gossip.statements.DecodeError": "advert",
     "p2pnet.gossip.membership.RemoteError": "gossip answer",
+    "p2pnet.log.reader.RemoteError": "answer to a reader",
+    "p2pnet.log.proposer.RemoteError": "answer to a proposer",
+    "p2pnet.log.stored.DecodeError": "entry in a store",
+    "p2pnet.vnode.admission.RemoteError": "allocation",
+    "p2pnet.causality.MalformedError": "timestamp",
 }
 
 

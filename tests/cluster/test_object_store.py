@@ -42,7 +42,8 @@ def test_a_run_with_its_state_in_a_bucket_outlives_orchestrator_and_hosts(
             assert [key[-14:] for key in sorted(log)] == [
                 f"{slot:08d}.entry" for slot in range(1, len(log) + 1)
             ]
-            assert len(states) >= 5 * (STEPS // DIGITS["cut_every"])
+            # Three VNodes have weights; states of equal content are one object.
+            assert len(states) >= 3 * (STEPS // DIGITS["cut_every"])
             figure(f"{len(log)} entries, {len(states)} states, {len(s3.requests)} requests")
 
             s3.fault = lambda method, key: "503"

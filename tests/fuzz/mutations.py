@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from random import Random
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
@@ -190,7 +190,9 @@ def _scramble(rng: Random, message: Message, depth: int) -> None:
 
 
 def _scramble_message(rng: Random, message: Message, field: FieldDescriptor, depth: int) -> None:
-    if field.is_repeated:
+    if field.message_type.GetOptions().map_entry:
+        _scramble_map(rng, getattr(message, field.name), field, depth)
+    elif field.is_repeated:
         inner = getattr(message, field.name)
         if not inner or rng.random() < 0.2:
             for _ in range(rng.choice((1, 2, 21, 33))):
@@ -201,6 +203,18 @@ def _scramble_message(rng: Random, message: Message, field: FieldDescriptor, dep
         _scramble(rng, getattr(message, field.name), depth - 1)
     else:
         message.ClearField(field.name)
+
+
+def _scramble_map(rng: Random, inner: Any, field: FieldDescriptor, depth: int) -> None:
+    key, value = (field.message_type.fields_by_name[name] for name in ("key", "value"))
+    chosen = rng.choice((*sorted(inner), _extreme(rng, key)))
+    if chosen in inner and rng.random() < 0.2:
+        del inner[chosen]
+    elif value.type == FieldDescriptor.TYPE_MESSAGE:  # asking for one puts it there
+        if depth:
+            _scramble(rng, inner[chosen], depth - 1)
+    else:
+        inner[chosen] = _extreme(rng, value)
 
 
 def _extreme(rng: Random, field: FieldDescriptor) -> object:

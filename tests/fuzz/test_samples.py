@@ -6,10 +6,13 @@ from random import Random
 
 import pytest
 import trio
-from fuzz import parsers
+from fuzz import log_parsers, parsers
+from fuzz.log_parsers import LOG_PARSERS
 from fuzz.mutations import bytes_of, fields_of, mutated, scrambled
-from fuzz.parsers import PARSERS, Parser
+from fuzz.parsers import PARSERS as NET_PARSERS
+from fuzz.parsers import Parser
 
+PARSERS = (*NET_PARSERS, *LOG_PARSERS)
 GOOD: dict[str, tuple[bytes, ...]] = {
     "kad-dht message": parsers.KAD,
     "batch of requests": (parsers.BATCH,),
@@ -26,6 +29,17 @@ GOOD: dict[str, tuple[bytes, ...]] = {
     "peers on disk": (parsers.KNOWN,),
     "records on disk": (parsers.HELD,),
     "certificate": (parsers.CERTIFICATE.cert_der,),
+    "log entry": tuple(map(parsers.written, log_parsers.ENTRIES)),
+    "proof of an entry": log_parsers.DECIDED,
+    "keeper": log_parsers.CALLS,
+    "answer to a reader": (parsers.written(log_parsers.TOLD),),
+    "claim that is shown": (parsers.written(log_parsers.ENTRIES[0]),),
+    "allocation": (parsers.written(log_parsers.ALLOCATE),),
+    "compiled graph": (log_parsers.GRAPH.to_json(),),
+    "service": (log_parsers.GOOD_SERVICE,),
+    "timestamp": (b"019ab5dd7e33-0002",),
+    "entry in a store": (parsers.written(log_parsers.ENTRIES[0]),),
+    "standing on disk": (log_parsers.STANDING,),
     "stream that a peer opens": parsers.OPENINGS,
     "stream that we open": parsers.ACCEPTED[:1],
     "identify message": (

@@ -32,13 +32,14 @@ def manifest(
     anybody: bool = False,
     keepers: Sequence[str] = (),
     url: str = HOME,
+    spec_digest: bytes = sha256(GRAPH),
     **fields: Any,
 ) -> common_pb2.Signed:
     """On `keepers`, or else in a store."""
     body = records_pb2.Manifest(
         owner=OWNER.public_key,
         name="digits",
-        spec_digest=sha256(GRAPH),
+        spec_digest=spec_digest,
         any_orchestrator=anybody,
         orchestrators=[pair.peer_id for pair in granted],
         keepers=sorted(keepers),

@@ -8,6 +8,7 @@ schedules catch a keeper or a writer that breaks a rule.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,11 +22,13 @@ from p2pnet.errors import RemoteError
 from p2pnet.keys import KeyPair, sha256
 from p2pnet.log import proposer as writing
 from p2pnet.log import reader as reading
+from p2pnet.log import room
 from p2pnet.log.history import History, parse_entry
 from p2pnet.log.keeper import (
     Accept,
     Effect,
     Event,
+    Forget,
     Keeper,
     Learn,
     Persist,
@@ -78,6 +81,24 @@ class Secretive(Keeper):
         return effects
 
 
+class WithoutFloor(Keeper):
+    """A mutant: forgets the promises in logs that it gives up."""
+
+    def _give_up(self, networks: Sequence[str]) -> list[Effect]:
+        effects = super()._give_up(networks)
+        self._floor = None
+        return [e for e in effects if not isinstance(e, Persist) or e.network_id == NETWORK]
+
+
+class WithoutGone(Keeper):
+    """A mutant: forgets in which logs it has voted."""
+
+    def _give_up(self, networks: Sequence[str]) -> list[Effect]:
+        effects = super()._give_up(networks)
+        self._gone = {}
+        return [e for e in effects if not isinstance(e, Persist) or e.network_id != NETWORK]
+
+
 class Successor(writing.Proposer):
     """A mutant: asks the keepers that its own entry names, instead of those before."""
 
@@ -107,13 +128,14 @@ class World:
         seed: int,
         kind: type[Keeper] = Keeper,
         proposer: type[writing.Proposer] = writing.Proposer,
+        crowded: bool = False,
     ) -> None:
         self.rng = random.Random(seed)
-        self.kind, self.proposer = kind, proposer
+        self.kind, self.proposer, self.crowded = kind, proposer, crowded
         self.keepers = {name: kind(PAIRS[name]) for name in NAMES}
         self.disks: dict[str, dict[tuple[str, int], bytes]] = {name: {} for name in NAMES}
         self.asleep: dict[str, int] = {}  # until which step
-        self.now, self.steps, self.entries = 0.0, 0, 0
+        self.now, self.steps, self.entries, self.went = 0.0, 0, 0, 0
         self.wire: list[tuple[str, Writer, Any, Any]] = []
         self.accepted: dict[tuple[object, ...], dict[str, None]] = {}
         self.chosen: dict[int, dict[bytes, None]] = {}  # by votes or by somebody's word
@@ -123,6 +145,8 @@ class World:
     def step(self, loss: float) -> None:
         self.steps += 1
         choice = self.rng.random()
+        if self.crowded and self.rng.random() < 0.05:
+            self.crowd(self.rng.choice(NAMES))
         if loss and choice < 0.02:
             name = self.rng.choice(NAMES)
             self.keepers[name] = self.kind.load(PAIRS[name], self.disks[name])
@@ -209,8 +233,13 @@ class World:
 
     def serve(self, writer: Writer, core: Any, message: Any) -> None:
         if isinstance(message, reading.Ask):
-            reply = self.ask(message.keeper, Read(message.request))
-            self.wire.append(("back", writer, core, reading.Answered(message.keeper, reply)))
+            answered: reading.Event
+            try:
+                reply = self.ask(message.keeper, Read(message.request))
+                answered = reading.Answered(message.keeper, reply)
+            except RemoteError as error:
+                answered = reading.Missed(message.keeper, str(error))
+            self.wire.append(("back", writer, core, answered))
             return
         reply, request = None, message.requests[-1]
         for request in message.requests:
@@ -230,8 +259,24 @@ class World:
         for effect in effects:
             if isinstance(effect, Persist):
                 self.disks[name][effect.network_id, effect.slot] = effect.data
+            elif isinstance(effect, Forget):
+                for slot in [s for n, s in self.disks[name] if n == effect.network_id and s]:
+                    del self.disks[name][effect.network_id, slot]
         assert isinstance(effects[-1], Reply)
         return effects[-1].message
+
+    def crowd(self, name: str) -> None:
+        """Somebody wants a keeper's place for a network of his own."""
+        stranger = given.key(50)
+        self.entries += 1
+        manifest = given.manifest(anybody=True, keepers=[name], nonce=b"%d" % self.entries)
+        ballot = log_pb2.Ballot(round=self.rng.randrange(1, 4), proposer=stranger.peer_id)
+        request = log_pb2.PrepareRequest(
+            network_id=given.network_of(manifest), slot=1, ballot=ballot, manifest=manifest
+        )
+        with contextlib.suppress(RemoteError):
+            self.ask(name, Prepare(stranger.peer_id, request))
+        self.went += self.keepers[name].history(NETWORK) is None
 
     # --- the judge ---
 
@@ -294,3 +339,29 @@ def test_the_same_schedules_catch_a_wrong_keeper(mutant: type[Keeper]) -> None:
 
 def test_keepers_change_only_through_the_log_itself() -> None:
     assert any(run(seed, proposer=Successor).is_torn() for seed in range(100))
+
+
+@pytest.fixture
+def tight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for one log, and what is of no use goes at once."""
+    monkeypatch.setattr(room, "NETWORKS_MAX", 1)
+    monkeypatch.setattr(room, "KEPT_S", 0.0)
+
+
+@pytest.mark.usefixtures("tight")
+@pytest.mark.parametrize("seeds", [range(start, start + 15) for start in range(0, 45, 15)], ids=str)
+def test_one_entry_a_slot_where_keepers_give_up_what_they_may(seeds: range) -> None:
+    slots = went = 0
+    for seed in seeds:
+        world = run(seed, crowded=True)
+        assert not world.is_torn(), f"seed {seed}"
+        slots += len(world.chosen)
+        went += world.went
+    assert slots > 3 * len(seeds)
+    assert went > 3 * len(seeds)
+
+
+@pytest.mark.usefixtures("tight")
+@pytest.mark.parametrize("mutant", [WithoutFloor, WithoutGone])
+def test_the_same_schedules_catch_a_keeper_that_gives_up_too_much(mutant: type[Keeper]) -> None:
+    assert any(run(seed, kind=mutant, crowded=True).is_torn() for seed in range(100))

@@ -12,7 +12,7 @@ import pytest
 from virtual_time import play
 
 from p2pnet.errors import LocalError, ResourceError
-from p2pnet.log import keeper_shell
+from p2pnet.log import keeper_shell, room
 from p2pnet.log.history import History
 from p2pnet.log.keeper_shell import KeeperService
 from p2pnet.net.handlers import Caller
@@ -41,7 +41,9 @@ class Asked:
         return reply_type.FromString(raw)
 
     async def prepare(self, round: int, by: Any = ONE) -> log_pb2.PrepareReply:
-        request = log_pb2.PrepareRequest(network_id=NETWORK, slot=1, ballot=ballot(round, by))
+        request = log_pb2.PrepareRequest(
+            network_id=NETWORK, slot=1, ballot=ballot(round, by), manifest=OPEN
+        )
         reply: log_pb2.PrepareReply = await self(
             "Prepare", request, by.peer_id, log_pb2.PrepareReply
         )
@@ -123,6 +125,7 @@ def test_it_is_on_disk_and_synced_before_it_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
+    (tmp_path / "keeper").mkdir()
     fsync, replace = os.fsync, os.replace
 
     def noted(name: str, real: Any) -> Any:
@@ -138,9 +141,10 @@ def test_it_is_on_disk_and_synced_before_it_is_said(
     async def main() -> None:
         keeper = Asked(tmp_path / "keeper")
         for ask in (lambda: keeper.prepare(5), lambda: keeper.accept(5), keeper.learn):
-            done.clear()
             await ask()
-            assert done == ["fsync", "replace", "fsync"]  # the file, its name, the name's folder
+        # Each time the file, its name, the name's folder; at first the folder's own name, too.
+        once = ["fsync", "replace", "fsync"]
+        assert done == [*once, "fsync", *once, *once]
         done.clear()
         await keeper.read()
         await keeper.prepare(9)
@@ -216,5 +220,40 @@ def test_a_new_keeper_has_kept_nothing(tmp_path: Path) -> None:
         keeper = Asked(tmp_path / "not yet")
         assert await keeper.read() == []
         assert not (tmp_path / "not yet").exists()
+
+    play(main())
+
+
+def test_what_has_to_go_goes_and_what_it_leaves_is_on_disk_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One promise goes for another; after a crash in between both are still there."""
+    monkeypatch.setattr(room, "NETWORKS_MAX", 1)
+    other = given.manifest(anybody=True, keepers=[ME.peer_id], nonce=b"2")
+    request = log_pb2.PrepareRequest(
+        network_id=given.network_of(other), slot=1, ballot=ballot(1, ONE), manifest=other
+    )
+    unlink = Path.unlink
+
+    def crash(path: Path, *args: Any, **more: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async def main() -> None:
+        keeper = Asked(tmp_path / "keeper")
+        assert (await keeper.prepare(5, TWO)).promised
+        monkeypatch.setattr(Path, "unlink", crash)
+        with pytest.raises(ResourceError):
+            await keeper("Prepare", request, ONE.peer_id, log_pb2.PrepareReply)
+        monkeypatch.setattr(Path, "unlink", unlink)
+        assert sorted(os.listdir(tmp_path / "keeper")) == sorted([NETWORK, "floor"])
+        keeper = keeper.again()
+        assert not (await keeper.prepare(5, TWO)).promised
+        request.ballot.round = 6
+        reply = await keeper("Prepare", request, ONE.peer_id, log_pb2.PrepareReply)
+        assert reply.promised
+        assert sorted(os.listdir(tmp_path / "keeper")) == sorted([request.network_id, "floor"])
+        after = keeper.again()
+        assert not (await after.prepare(5, TWO)).promised  # it was promised once, and stays so
+        assert (await after.prepare(7, TWO)).promised
 
     play(main())

@@ -6,15 +6,25 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 from memory_swarm import MemorySwarm
+from s3_server import S3Server
 from virtual_time import play
 
+from p2pnet.data import objects
 from p2pnet.data.blobs import BlobStore
-from p2pnet.errors import ForgedError, RefusedError, ResourceError, UnreachableError
+from p2pnet.data.objects import open_bucket
+from p2pnet.errors import (
+    ForgedError,
+    NotFoundError,
+    RefusedError,
+    ResourceError,
+    UnreachableError,
+)
 from p2pnet.keys import sha256
 from p2pnet.net.dialer import PeerContact
 from p2pnet.net.handlers import Caller
@@ -253,6 +263,73 @@ def test_with_a_state_url_a_state_is_there_alone(tmp_path: Path) -> None:
             assert not has(swarm, "b")
             assert await swarm["b"].blobs.fetch(ref, NET, url) == DATA
             assert swarm.letters == []
+
+    play(main())
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    open_bucket.cache_clear()  # it keeps the variables that it was made with
+    monkeypatch.setattr(objects, "RETRIES_MAX", 1)
+    with S3Server("states").running() as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+            monkeypatch.setenv(name, "test")
+        yield server
+    open_bucket.cache_clear()
+
+
+def test_a_state_in_a_bucket_is_what_its_digest_names_or_is_not_restored(
+    tmp_path: Path, s3: S3Server
+) -> None:
+    url = "s3://states/nets"
+    key = f"nets/states/{sha256(DATA).hex()}"
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "ab") as swarm:
+            ref = await swarm["a"].blobs.store(DATA, NET, ids(swarm, "b"), url)
+            assert list(ref.holders) == []
+            assert s3.objects == {key: DATA}
+            assert not has(swarm, "a")
+            fetch = partial(swarm["b"].blobs.fetch, ref, NET, url)
+            assert await fetch() == DATA
+            s3.objects[key] = DATA[:-1]  # cut off, and by nobody's fault that shows
+            with pytest.raises(NotFoundError, match=r"in s3://states/nets was spoiled$"):
+                await fetch()
+            assert await swarm["a"].blobs.store(DATA, NET, [], url) == ref
+            assert await fetch() == DATA, "it was replaced"
+            s3.objects[key] = bytes(len(DATA))
+            with pytest.raises(NotFoundError, match=r"was spoiled$"):
+                await fetch()
+            del s3.objects[key]
+            with pytest.raises(NotFoundError, match=r"is not in s3://states/nets$"):
+                await fetch()
+            assert swarm.letters == []
+
+    play(main())
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"), [("503", "it answers 503 Service Unavailable"), ("short", "comes short")]
+)
+def test_a_bucket_that_fails_is_said_in_one_sentence(
+    tmp_path: Path, s3: S3Server, fault: str, why: str
+) -> None:
+    url = "s3://states"
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "a") as swarm:
+            keeper = swarm["a"].blobs
+            ref = await keeper.store(DATA, NET, [], url)
+            s3.fault = lambda method, key: fault
+            with pytest.raises(
+                ResourceError, match=rf"cannot read s3://states/states/\w+: .*{why}"
+            ):
+                await keeper.fetch(ref, NET, url)
+            if fault == "503":
+                with pytest.raises(ResourceError, match=rf"the object store cannot .*{why}$"):
+                    await keeper.store(DATA + b"1", NET, [], url)
+                assert len(s3.objects) == 1
 
     play(main())
 

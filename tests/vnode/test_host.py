@@ -35,9 +35,9 @@ from p2pnet.dht.records import ALLOCATION, make_record
 from p2pnet.errors import RefusedError
 from p2pnet.keys import ACCEPTANCE, sha256, verify
 from p2pnet.v1 import common_pb2, pnode_pb2, records_pb2, vnode_pb2
-from p2pnet.vnode import tenancy
+from p2pnet.vnode import standing, tenancy, tenancy_shell
 from p2pnet.vnode.blob_ages import UNNAMED_KEPT_S
-from p2pnet.vnode.hosting import Usage
+from p2pnet.vnode.hosting import Hosting, Usage
 from p2pnet.vnode.network import BATCH_SAMPLES
 from p2pnet.vnode.shell import READY_KEPT_S, READYING_MAX
 from p2pnet.vnode.state import decode_state, model_digest, weights_of
@@ -334,7 +334,13 @@ def test_what_nobody_renews_is_let_go_in_the_end(tmp_path: Path) -> None:
 # Where a VNode has gone
 
 
-def test_a_call_for_a_vnode_that_lives_elsewhere_is_told_where(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_a_call_for_a_vnode_that_lives_elsewhere_is_told_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_kept: bool
+) -> None:
+    if not is_kept:  # a claim too large to be
+        monkeypatch.setattr(standing, "NEWEST_BYTES_MAX", 0)
+
     async def main() -> None:
         async with MemorySwarm(tmp_path, "ab") as swarm:
             hosts = {vnode: "b" if vnode == "out" else "a" for vnode in ORDER}
@@ -354,15 +360,17 @@ def test_a_call_for_a_vnode_that_lives_elsewhere_is_told_where(tmp_path: Path) -
             for call in calls:  # the claim says so
                 assert (await refused_by("a", *call)).host == swarm["b"].peer_id
             swarm["a"].restart_host()
-            for call in calls:  # nobody knows
-                assert (await refused_by("a", *call)).host == ""
+            for call in calls:
+                assert (await refused_by("a", *call)).host == (
+                    swarm["b"].peer_id if is_kept else ""
+                )
             reply = await allocate(swarm, "b", GRAPH, ["out"], hosts=hosts)
             await publish(swarm, reply.acceptances[0], epoch=1)
             for call in calls:  # the DHT knows
                 refused = await refused_by("a", *call)
                 assert (refused.host, refused.epoch) == (swarm["b"].peer_id, 1)
             swarm.dht_answers = False
-            assert (await refused_by("a", *calls[0])).host == ""
+            assert bool((await refused_by("a", *calls[0])).host) == is_kept
 
     play(main())
 
@@ -554,6 +562,45 @@ def test_health_and_first_contact(tmp_path: Path) -> None:
             assert reply.advert == swarm["a"].advert()
             with pytest.raises(RefusedError):  # somebody else's
                 await swarm.ask("a", "PNode/Register", request, pnode_pb2.RegisterReply, by="c")
+
+    play(main())
+
+
+def test_a_host_that_cannot_begin_says_so_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "a") as swarm:
+            with monkeypatch.context() as patched:
+                patched.setattr(Hosting, "_begin", lambda self, effect: 1 // 0)
+                reply = await allocate(swarm, "a", GRAPH)
+                assert reply.refusal.code == code("FAILED")
+                assert "by zero" in reply.refusal.detail
+            assert "could not do what it had decided" in caplog.text
+            assert swarm["a"].host.usage == Usage(0, 0)
+            beat = pnode_pb2.HeartbeatRequest(network_id=NETWORK, epoch=1, lease_s=10)
+            said = await swarm.ask("a", "PNode/Heartbeat", beat, pnode_pb2.HeartbeatReply, by=BOSS)
+            assert said.refusal.code == code("NOT_HOSTED")
+            assert not (await allocate(swarm, "a", GRAPH, epoch=2)).HasField("refusal")
+
+    play(main())
+
+
+def test_those_who_wait_for_an_answer_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tenancy_shell, "ASKS_MAX", 1)
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "ab") as swarm:
+            claim = await claim_for(swarm, GRAPH, 1, BOSS, dict.fromkeys(ORDER, "b"))
+            request = allocation(GRAPH, ORDER, claim)
+            asks = [
+                swarm.ask("b", "PNode/Allocate", request, pnode_pb2.AllocateReply, by=BOSS)
+                for _ in range(2)
+            ]
+            one, other = await asyncio.gather(*asks)
+            assert [one.refusal.code, other.refusal.code] == [0, code("BUSY")]
 
     play(main())
 

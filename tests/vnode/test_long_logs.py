@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ from virtual_time import play
 
 from p2pnet.log.keeper import BATCH_ENTRIES
 from p2pnet.v1 import common_pb2, log_pb2, pnode_pb2
-from p2pnet.vnode import logs_shell, tenancy
-from p2pnet.vnode.tenancy import READY_WAITS_S, WAITS_S, Tenancy
+from p2pnet.vnode.tenancy import WAITS_S, Tenancy
 from p2pnet.vnode.tenancy_events import LogRead
 from p2pnet.vnode.tenancy_shell import PART_ENTRIES
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,15 +14,21 @@ from small_network import small_graph
 
 from p2pnet import keys
 from p2pnet.core import Tick
+from p2pnet.errors import LocalError
 from p2pnet.v1 import common_pb2, log_pb2, pnode_pb2, records_pb2
+from p2pnet.vnode import standing
 from p2pnet.vnode.admission import Limits
 from p2pnet.vnode.follower import WAITING_MAX
 from p2pnet.vnode.network import BATCH_SAMPLES
+from p2pnet.vnode.standing import unseal_standing
 from p2pnet.vnode.tenancy import (
+    HEARD_MAX,
     LOOK_AGAIN_S,
     ORPHANED_S,
     QUIET_S,
     READS_MAX,
+    READY_WAITS_S,
+    WAITS_S,
     Tenancy,
 )
 from p2pnet.vnode.tenancy_events import (
@@ -363,6 +370,50 @@ def test_vnodes_are_not_restored_by_a_restart() -> None:
     assert rig.hosted() == [(keypair_of("boss").peer_id, 2)]
 
 
+def test_who_was_a_host_knows_the_network_after_a_restart() -> None:
+    log = Log(GRAPH)
+    claim = log.claim("boss", HERE)
+    rig = Rig(log)
+    assert rig.core.claims() == []
+    assert rig.code(rig.allocate(log, claim)) == ""
+    assert rig.core.claims() == [(claim, False)]
+    rig.restart()
+    assert rig.core.claims() == [(claim, False)]
+    assert called(rig, log, 0) == ("STALE_EPOCH", 1, keypair_of(ME).peer_id)
+    assert rig.core.dump() == rig.disk
+    # and until a newer claim puts all of it elsewhere
+    newer = log.claim("rival", AWAY)
+    shown = rig.ask(lambda ask: ClaimShown(ask, keypair_of("rival").peer_id, log.network_id, newer))
+    assert rig.code(shown) == ""
+    assert rig.core.claims() == []
+    rig.restart()
+    assert rig.core.claims() == []
+    assert called(rig, log, 1) == ("STALE_EPOCH", 2, keypair_of("other").peer_id)
+
+
+def test_a_very_large_claim_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standing, "NEWEST_BYTES_MAX", 100)
+    log = Log(GRAPH)
+    rig = Rig(log)
+    assert rig.code(rig.allocate(log, log.claim("boss", HERE))) == ""
+    rig.restart()
+    assert rig.core.claims() == []
+    assert rig.code(rig.allocate(log, log.entries[0])) == "FAILED", "but it is known"
+
+
+def test_a_kept_claim_that_is_another_is_damage() -> None:
+    log = Log(GRAPH)
+    claim, other = log.claim("boss", HERE), log.claim("boss", HERE)
+    rig = Rig(log)
+    assert rig.code(rig.allocate(log, other)) == ""
+    known = rig.core.standing(log.network_id)
+    assert known is not None
+    assert unseal_standing(log.network_id, known.seal(other))[0] == known
+    for wrong in (claim, common_pb2.Signed(payload=b"x")):
+        with pytest.raises(LocalError):
+            unseal_standing(log.network_id, known.seal(wrong))
+
+
 def test_only_what_is_new_of_a_log_is_read() -> None:
     log = Log(GRAPH)
     rig = Rig(log)
@@ -428,6 +479,129 @@ def test_a_network_that_its_owner_has_ended() -> None:
     assert rig.core.refuse(log.network_id, 1, "fc1", rig.now).code == (  # type: ignore[union-attr]
         common_pb2.REFUSAL_CODE_CLOSED
     )
+
+
+# A long log
+
+
+def partly(rig: Rig, log: Log, entries: int) -> None:
+    """The next of them come in, and there are more."""
+    read = rig.reads[0]
+    known = rig.core.standing(log.network_id)
+    assert known is not None
+    rig.do(LogRead(read.network_id, log.entries[known.slot : known.slot + entries], more=True))
+
+
+def grown(claims: int = 3, commits: int = 4) -> tuple[Log, list[common_pb2.Signed]]:
+    log = Log(GRAPH)
+    said = []
+    for number in range(claims):
+        said.append(log.claim("boss", HERE))
+        for step in range(1, commits + 1):
+            log.commit("boss", number * commits + step)
+    return log, said
+
+
+def test_a_log_that_comes_in_parts_is_known_when_all_is_there() -> None:
+    log, (old, _, newest) = grown()
+    rig = Rig(log)
+    ask = rig.allocate(log, newest)
+    partly(rig, log, 3)
+    # What was newest in a part of it is not believed.
+    replayed = rig.allocate(log, old)
+    shown = rig.ask(lambda ask: ClaimShown(ask, keypair_of("boss").peer_id, log.network_id, old))
+    partly(rig, log, 10)
+    assert not rig.replies
+    read = rig.reads.pop()
+    rig.do(LogRead(read.network_id, log.entries[13:]))
+    assert rig.code(ask) == ""
+    assert rig.code(replayed) == "STALE_EPOCH"
+    assert rig.code(shown) == "", "he is the newest claimant, too"
+    assert rig.hosted() == [(keypair_of("boss").peer_id, 3)]
+
+
+def test_a_replay_while_a_part_is_known_and_the_read_breaks_off() -> None:
+    log, (old, _, newest) = grown()
+    rig = Rig(log)
+    ask = rig.allocate(log, newest)
+    partly(rig, log, 3)
+    rig.reads.clear()
+    rig.do(LogSilent(log.network_id, "no majority"))
+    assert rig.code(ask) == "BUSY"
+    ask = rig.allocate(log, old)
+    assert [read.from_slot for read in rig.reads] == [4], "it goes on from there"
+    assert rig.code(ask) == "STALE_EPOCH"
+
+
+def test_who_asks_is_not_kept_waiting_for_a_long_log_and_the_read_goes_on() -> None:
+    log, (_, _, newest) = grown()
+    rig = Rig(log)
+    first = rig.allocate(log, newest)
+    assert rig.core.deadline() == rig.now + WAITS_S
+    rig.now += WAITS_S - 0.1
+    second = rig.allocate(log, newest)
+    assert rig.do(Tick()) == []
+    rig.now += 0.1
+    rig.do(Tick())
+    assert [rig.replies[first].code, second in rig.replies] == [  # type: ignore[union-attr]
+        common_pb2.REFUSAL_CODE_BUSY,
+        False,
+    ]
+    rig.now += WAITS_S
+    rig.do(Tick())
+    assert rig.replies[second].code == common_pb2.REFUSAL_CODE_BUSY  # type: ignore[union-attr]
+    assert rig.core.deadline() is None
+    assert len(rig.reads) == 1
+    rig.answer_reads()  # and nobody waits
+    ask = rig.allocate(log, newest)
+    assert [read.from_slot for read in rig.reads] == [len(log.entries) + 1]
+    assert rig.code(ask) == ""
+
+
+def test_what_was_heard_of_networks_that_never_lived_here_is_bounded() -> None:
+    logs = [Log(small_graph(seed=seed)) for seed in range(HEARD_MAX + 1)]
+    rig = Rig(*logs)
+    for log in logs:
+        log.claim("boss", HERE)
+        assert rig.code(rig.allocate(log, renumbered(log.entries[0], 2))) == "UNKNOWN_EPOCH"
+    known = [rig.core.standing(log.network_id) is not None for log in logs]
+    assert known == [False] + [True] * HEARD_MAX
+    assert not rig.disk
+
+
+def ready_for(log: Log) -> pnode_pb2.ReadyRequest:
+    return pnode_pb2.ReadyRequest(
+        network_id=log.network_id,
+        manifest=log.manifest,
+        graph=log.graph.to_json(),
+        vnodes=log.graph.vnodes(),
+    )
+
+
+@pytest.mark.parametrize("how", ["read", "silent", "long", "twice"])
+def test_getting_ready_waits_for_the_log_but_does_not_depend_on_it(how: str) -> None:
+    log, (_, _, newest) = grown()
+    rig = Rig(log)
+    boss = keypair_of("boss").peer_id
+    ask = rig.ask(lambda ask: ReadyAsked(ask, boss, ready_for(log), WALL_MS))
+    assert rig.reads == [ReadLog(log.network_id, log.manifest, 1, ())]
+    assert not rig.replies
+    if how == "silent":
+        rig.reads.clear()
+        rig.do(LogSilent(log.network_id, "no majority"))
+    elif how == "long":
+        rig.now += READY_WAITS_S
+        rig.do(Tick())
+        assert rig.replies == {ask: None}
+        assert rig.reads, "it goes on"
+    elif how == "twice":
+        again = rig.ask(lambda ask: ReadyAsked(ask, boss, ready_for(log), WALL_MS))
+        assert rig.code(again) == ""
+    assert rig.code(ask) == ""
+    assert rig.code(rig.allocate(log, newest)) == ""
+    before = len(rig.effects)
+    assert rig.code(rig.ask(lambda ask: ReadyAsked(ask, boss, ready_for(log), WALL_MS))) == ""
+    assert len(rig.effects) == before + 1, "what lives here need not be read"
 
 
 # Several at once
@@ -692,7 +866,13 @@ def schedule(seed: int) -> Sequence[str]:
             if rig.reads:
                 read = rig.reads.pop(0)
                 known = rng.randint(read.from_slot - 1, len(log.entries))  # perhaps an old answer
-                rig.do(LogRead(read.network_id, log.entries[read.from_slot - 1 : known]))
+                parts = list(log.entries[read.from_slot - 1 : known])
+                if len(parts) > 1 and rng.random() < 0.5:
+                    rig.do(LogRead(read.network_id, tuple(parts[:1]), more=True))
+                    note()
+                    rig.reads.insert(0, replace(read, from_slot=read.from_slot + 1))
+                else:
+                    rig.do(LogRead(read.network_id, tuple(parts)))
         elif what == "silent":
             if rig.reads:
                 rig.do(LogSilent(rig.reads.pop(0).network_id, "no majority"))
