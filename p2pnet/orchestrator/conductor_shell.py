@@ -206,7 +206,8 @@ class ConductedNetwork:
             )
         except P2PNetError as error:
             return m.HostReady(effect.host, str(error))
-        return m.HostReady(effect.host, reply.refusal.detail)
+        busy = reply.refusal.code == common_pb2.REFUSAL_CODE_BUSY
+        return m.HostReady(effect.host, reply.refusal.detail, busy)
 
     async def _allocate(self, effect: m.Allocate) -> m.Event:
         host, epoch = effect.host, int(effect.request.epoch)

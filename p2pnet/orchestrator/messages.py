@@ -103,10 +103,11 @@ class NotAllocated:
 
 @dataclass(frozen=True, slots=True)
 class HostReady:
-    """A host has what it needs to take VNodes over; or has not, and why."""
+    """A host has what it needs to take VNodes over; or has not, and why. `busy`: just now."""
 
     host: str
     error: str = ""
+    busy: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,8 @@ class Move:
             return True
         del self.waiting[event.host]
         if event.error:
-            desk.hosts.shun(event.host, desk.now)
+            if not event.busy:
+                desk.hosts.shun(event.host, desk.now)
             self.tries += 1
             self.waiting.clear()
             self.placement.clear()

@@ -407,6 +407,22 @@ def test_an_entry_is_decided_by_a_majority_and_the_new_keepers_hear_it_all() -> 
         assert known.entries == [*history.entries, entry]
 
 
+def test_former_keepers_hear_that_others_have_the_log() -> None:
+    history = History(NETWORK)
+    history.add(first_claim(A, keepers=[K3]))
+    keepers = {name: keeper_of(name) for name in (K1, K2, K3)}
+    for keeper in keepers.values():
+        ask(keeper, learn(A, history))
+    entry = new_commit(history, A, 20, given.states())
+    proofs = given.proofs_of(history, PAIRS)
+    proposer = Proposer(A.peer_id, history, entry, rng=random.Random(1), proofs=proofs)
+    assert isinstance(run_quietly(proposer, keepers), Decided)
+    for keeper in keepers.values():
+        known = keeper.history(NETWORK)
+        assert known is not None
+        assert known.entries == [*history.entries, entry]
+
+
 def test_a_minority_of_dead_keepers_does_not_matter_and_a_majority_does() -> None:
     for dead, kind in (([K2], Decided), ([K1, K2], Failed)):
         keepers = {name: keeper_of(name) for name in (K1, K2, K3)}
