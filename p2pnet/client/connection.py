@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from p2pnet.errors import P2PNetError, UnreachableError, UsageError
+from p2pnet.errors import UnreachableError, UsageError
 from p2pnet.keys import KeyPair, short
 from p2pnet.net.channel import Stream, unix_channel
 from p2pnet.net.dialer import PeerContact, TcpDialer
@@ -136,11 +136,13 @@ class Patience:
         self._retry_s = RETRY_S
         self._said = False
 
-    async def wait(self, why: P2PNetError) -> None:
-        """Before the next try; raises `why` when there is to be none."""
+    async def wait(self, why: Exception) -> None:
+        """Before the next try; raises UnreachableError when there is to be none."""
         waited_s = asyncio.get_running_loop().time() - self._began
         if waited_s >= self._limit_s:
-            raise why
+            raise UnreachableError(
+                f"waited {self._limit_s:g} s for {self._what}, in vain: {why}"
+            ) from why
         if waited_s + self._retry_s >= SAY_S and not self._said:
             self._said = True
             logger.warning("waiting for %s, for up to %g s: %s", self._what, self._limit_s, why)

@@ -82,11 +82,7 @@ async def _until_done(
         try:
             return await _once(session, network, graph, inputs, told)
         except (_Moved, UnreachableError, NotFoundError) as error:
-            await patience.wait(
-                UnreachableError(
-                    f"network {graph.name} gave no answer for {GIVE_UP_S:g} s: {error}"
-                )
-            )
+            await patience.wait(error)
 
 
 async def _once(

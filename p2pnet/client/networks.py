@@ -84,8 +84,8 @@ class Networks(Connection):
                 found[info.network_id] = info
         if not found:
             raise NotFoundError(
-                f"there is no network {name!r} here: submit one with `p2pnet submit SPEC`, or "
-                "check the name"
+                f"there is no network {name!r} here that a peer looks after: submit one with "
+                "`p2pnet submit SPEC`, or check the name"
             )
         if len(found) > 1:
             ids = ", ".join(sorted(found))

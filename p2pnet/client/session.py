@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from p2pnet.client.link import LOOK_FURTHER
 from p2pnet.client.networks import NetworkInfo, Networks, raise_refusal
-from p2pnet.client.terms import Terms, first_keepers, new_manifest
+from p2pnet.client.terms import Terms, new_manifest
 from p2pnet.clock import wall_ms
 from p2pnet.data.blobs import is_state_there, open_state
 from p2pnet.dht.manifest import network_id_of
@@ -27,6 +27,7 @@ from p2pnet.errors import (
     UsageError,
 )
 from p2pnet.keys import KeyPair, sha256, short
+from p2pnet.log.keepers import first_keepers
 from p2pnet.v1 import common_pb2, control_pb2, orchestrator_pb2, pnode_pb2
 from p2pnet.vnode.blobs import BLOBS_BYTES_MAX
 from p2pnet.vnode.graph import CompiledGraph
@@ -87,7 +88,7 @@ class Session(Networks):
             owner,
             graph,
             terms,
-            keepers=first_keepers(graph.name, alive),
+            keepers=first_keepers(graph.name, alive, terms.allow),
             state_url=state_url,
             now_ms=wall_ms(),
             nonce=os.urandom(16),

@@ -13,8 +13,6 @@ from p2pnet.keys import KeyPair
 from p2pnet.v1 import common_pb2, records_pb2
 from p2pnet.vnode.graph import CompiledGraph
 
-KEEPERS = 5
-
 
 @dataclass(frozen=True, slots=True)
 class Terms:
@@ -62,18 +60,6 @@ class Terms:
             )
         target = position(name_key(name))
         return sorted(allowed, key=lambda peer: (peer != first, peer_position(peer) ^ target))
-
-
-def first_keepers(name: str, alive: Sequence[str]) -> tuple[str, ...]:
-    """Who keeps the first slot of a network's log, sorted.
-
-    The members closest to the network's name, an odd number and at most KEEPERS, so that a
-    majority outlives as many as possible. Its id cannot choose them: it is made from them.
-    """
-    target = position(name_key(name))
-    closest = sorted(dict.fromkeys(alive), key=lambda peer: peer_position(peer) ^ target)
-    wanted = min(KEEPERS, len(closest) - 1 + len(closest) % 2)
-    return tuple(sorted(closest[:wanted]))
 
 
 def new_manifest(

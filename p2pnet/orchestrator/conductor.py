@@ -20,6 +20,7 @@ from enum import Enum, auto
 
 from p2pnet.bounded import keep_latest
 from p2pnet.core import Tick
+from p2pnet.dht.manifest import granted_by
 from p2pnet.errors import RemoteError
 from p2pnet.keys import KeyPair, short
 from p2pnet.log.history import History, check_entry, new_claim, new_closing
@@ -30,6 +31,7 @@ from p2pnet.orchestrator.desk import REASON_CHARS_MAX, Desk
 from p2pnet.orchestrator.feeding import refused
 from p2pnet.orchestrator.hosts import by_host
 from p2pnet.orchestrator.moving import Move
+from p2pnet.orchestrator.sightings import closed_by_owner
 from p2pnet.orchestrator.training import Training
 from p2pnet.orchestrator.watching import LEASE_S, LOOK_INTO_THE_LOG, Watch
 from p2pnet.v1 import common_pb2, log_pb2, orchestrator_pb2, pnode_pb2
@@ -107,6 +109,7 @@ class Conductor:
             trouble=self._trouble,
             log_is_free=self._write,
             alive={key.peer_id: None},
+            granted=granted_by(manifest),
         )
         self._training = Training(self._desk)
         self._watch = Watch(self._desk)
@@ -810,8 +813,7 @@ class Conductor:
         closing = self.history.closing
         assert closing is not None
         self._asks.closed()
-        why = f": {closing.reason}" if closing.reason else ""
-        self._over(CLOSED, f"its owner has closed {self.graph.name}{why}")
+        self._over(CLOSED, closed_by_owner(self.graph.name, closing.reason))
 
     def _over(self, code: common_pb2.RefusalCode, reason: str, orchestrator: str = "") -> None:
         desk = self._desk

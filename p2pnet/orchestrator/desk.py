@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from p2pnet.keys import KeyPair
 from p2pnet.log.history import History
+from p2pnet.log.keepers import next_keepers
 from p2pnet.orchestrator import messages as m
 from p2pnet.orchestrator.hosts import HostBook
-from p2pnet.orchestrator.keepers import choose_keepers
 from p2pnet.v1 import common_pb2, pnode_pb2
 from p2pnet.vnode.graph import CompiledGraph
 
@@ -45,6 +45,7 @@ class Desk:
     detail: str = ""
     hosts: HostBook = field(default_factory=HostBook)
     alive: dict[str, None] = field(default_factory=dict)
+    granted: tuple[str, ...] = ()  # who may orchestrate it; none: anybody
     now: float = 0.0
     out: list[m.Effect] = field(default_factory=list)
 
@@ -68,7 +69,9 @@ class Desk:
             return ()
         history = self.history
         staying = [peer for peer in self.alive if not self.hosts.is_leaving(peer)]
-        return choose_keepers(history.network_id, history.keepers, staying or [self.key.peer_id])
+        return next_keepers(
+            history.network_id, history.keepers, staying or [self.key.peer_id], self.granted
+        )
 
     @property
     def lost_keeper(self) -> str:

@@ -8,7 +8,7 @@ epoch, changes nothing. Times in seconds, peers by peer id, steps from 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -397,5 +397,3 @@ Effect = (
     ReadLog | Append | MakePlan | MakeReady | Allocate | Publish | Withdraw | Beat | Release
     | Store | Retain | Tell | Answer | Note | Over
 )  # fmt: skip
-
-Effects = Sequence[Effect]

@@ -26,7 +26,7 @@ from p2pnet.orchestrator.conductor_shell import ConductedNetwork
 from p2pnet.orchestrator.heir import Heir
 from p2pnet.orchestrator.planner import Planner
 from p2pnet.orchestrator.publish import Publisher
-from p2pnet.orchestrator.sightings import Sighting, of_manifest
+from p2pnet.orchestrator.sightings import Sighting, closed_by_owner, of_manifest
 from p2pnet.orchestrator.watching import LEASE_S
 from p2pnet.swarm import Swarm
 from p2pnet.tasks import TaskSet
@@ -478,7 +478,7 @@ class Orchestrator:
             return common_pb2.Refusal(code=common_pb2.REFUSAL_CODE_CLOSED, detail=over.reason)
         known = self._heir.sighting(network_id)
         if known is not None and known.closed:
-            detail = f"its owner has closed {known.charter.name}"
+            detail = closed_by_owner(known.charter.name, known.why)
             return common_pb2.Refusal(code=common_pb2.REFUSAL_CODE_CLOSED, detail=detail)
         me = self._swarm.keypair.peer_id
         elsewhere = known is not None and known.orchestrator != me

@@ -63,9 +63,9 @@ def too_small(
     if need <= largest:
         most = "and finds no room once the others are placed"
     text = (
-        f"the swarm is too small: VNode {vnode} needs {format_size(need)} {most}; the network needs {format_size(total_bytes)} "
-        f"in all, {lack}: {more} with {format_size(each)} free would do, or larger --memory where "
-        "peers join"
+        f"the swarm is too small: VNode {vnode} needs {format_size(need)} {most}; "
+        f"the network needs {format_size(total_bytes)} in all, {lack}: "
+        f"{more} with {format_size(each)} free would do, or larger --memory where peers join"
     )
     return SwarmTooSmallError(
         text, memory_missing_bytes=missing, peers_missing=peers, peer_bytes=each

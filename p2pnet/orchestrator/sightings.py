@@ -28,6 +28,7 @@ class Sighting:
     keepers: tuple[str, ...]
     hosts: tuple[str, ...]
     closed: bool = False
+    why: str = ""  # it is closed, as its owner says
 
     def known(self) -> Known | Forget:
         """What the succession is to be told."""
@@ -59,6 +60,11 @@ class Hosting(Protocol):
         ...
 
 
+def closed_by_owner(name: str, why: str) -> str:
+    """The sentence for people."""
+    return f"its owner has closed {name}" + (f": {why}" if why else "")
+
+
 def sightings_of(keeper: Keeping, host: Hosting) -> list[Sighting]:
     """All networks that a node keeps or hosts; of one that it does both, both."""
     seen = [of_history(history) for history in keeper.histories()]
@@ -79,6 +85,7 @@ def of_history(history: History) -> Sighting | None:
         history.keepers,
         tuple(sorted({*history.placement.values()})),
         history.closing is not None,
+        "" if history.closing is None else history.closing.reason,
     )
 
 

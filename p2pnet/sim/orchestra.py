@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from p2pnet.client.events import StepResult
-from p2pnet.dht.keyspace import name_key, peer_position, position
 from p2pnet.dht.manifest import network_id_of
 from p2pnet.gossip.events import GossipConfig
 from p2pnet.keys import MANIFEST, KeyPair, sha256
 from p2pnet.log import checker
 from p2pnet.log.checker import Recording, Violation
 from p2pnet.log.history import new_cancellation
+from p2pnet.log.keepers import first_keepers
 from p2pnet.orchestrator import messages as m
 from p2pnet.orchestrator.costs import HostView
 from p2pnet.sim.calls import Calls
@@ -39,7 +39,6 @@ from p2pnet.v1 import common_pb2, orchestrator_pb2, records_pb2
 from p2pnet.vnode.draft import Draft, TensorSpec
 from p2pnet.vnode.graph import CompiledGraph, compile_graph
 
-KEEPERS = 5
 RESUBMIT_S = 8.0
 GFLOPS = 10.0, 40.0
 OWNER = KeyPair.from_seed(sha256(b"owner"))
@@ -189,15 +188,8 @@ class Orchestra(Witness):
         world = self.world
         graph = chain(name, vnodes, cut_every)
         peers = [node.machine.peer_id for node in self.nodes]
-        target = position(name_key(name))
-        closest = sorted(peers, key=lambda peer: peer_position(peer) ^ target)
-        wanted = min(KEEPERS, len(peers) - 1 + len(peers) % 2)
-        manifest = manifest_of(
-            name,
-            graph.digest,
-            tuple(sorted(closest[:wanted])),
-            tuple(sorted(peers[number] for number in granted)),
-        )
+        may = tuple(sorted(peers[number] for number in granted))
+        manifest = manifest_of(name, graph.digest, first_keepers(name, peers, may), may)
         network_id = network_id_of(manifest)
         machine = world.machine()
         calls = Calls(machine)

@@ -6,10 +6,11 @@ import pytest
 from memory_wire import keypair_of
 from small_network import small_graph
 
-from p2pnet.client.terms import Terms, first_keepers, new_manifest
+from p2pnet.client.terms import Terms, new_manifest
 from p2pnet.dht.keyspace import name_key, peer_position, position
 from p2pnet.dht.manifest import grants, network_id_of, open_manifest
 from p2pnet.errors import UsageError
+from p2pnet.log.keepers import first_keepers
 from p2pnet.v1 import common_pb2
 
 PEERS = [keypair_of(name).peer_id for name in "abcdefghij"]

@@ -15,11 +15,12 @@ import pytest
 from memory_client import MemorySession
 from memory_swarm import MemorySwarm, claims_of, commits_of
 from memory_wire import Letter, keypair_of
-from small_network import Trained, batch, plain, submit, train
+from small_network import Trained, batch, plain, small_graph, submit, train
 from virtual_time import play
 
 from p2pnet.client.run import TrainingRun
 from p2pnet.client.session import NetworkInfo
+from p2pnet.client.terms import Terms
 from p2pnet.errors import P2PNetError, UnreachableError
 from p2pnet.log.history import new_cancellation, parse_entry
 from p2pnet.v1 import orchestrator_pb2 as pb
@@ -224,6 +225,25 @@ def test_an_orchestrator_that_leaves_hands_its_networks_over(tmp_path: Path) -> 
             assert [result.step for result in results] == list(range(1, STEPS + 1))
             last = await train(session, network, STEPS + 1, first=STEPS + 1)
             assert last.digest == plain(STEPS + 1)[0]
+
+    play(main())
+
+
+def test_of_those_whom_the_owner_allows_one_succeeds_and_nobody_else(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abcdefghij") as swarm:
+            session = MemorySession(swarm)
+            a = swarm["a"].peer_id
+            allowed = (a, swarm["b"].peer_id, swarm["c"].peer_id)
+            network = await session.submit(
+                small_graph(), keypair_of("owner"), {}, a, Terms(allow=allowed)
+            )
+            running = asyncio.ensure_future(train(session, network, STEPS, pause_s=1.0))
+            await swarm.until(lambda: 4 in [e["step"] for e in swarm.emitted("decided")])
+            swarm.kill(a)
+            await check(swarm, network, await running)
+            history = await swarm.log_of(network.network_id)
+            assert {claim.orchestrator for _, claim in history.claims} < {*allowed}
 
     play(main())
 

@@ -243,7 +243,7 @@ def test_a_client_gives_up_on_a_network_that_always_fails(
             session = MemorySession(swarm)
             network = await submit(session, swarm["a"].peer_id)
             began = swarm.loop.time()
-            with pytest.raises(UnreachableError, match=r"no answer for 60 s: .*no more registers"):
+            with pytest.raises(UnreachableError, match=r"waited 60 s .*no more registers"):
                 await client.infer(session, network, GRAPH, {"x": samples(2)})
             assert 60 < swarm.loop.time() - began < 90
 
