@@ -1,4 +1,4 @@
-# make demo    the main job: a swarm trains a network and survives two kills
+# make demo    the main job: a swarm trains a network and survives three kills
 # make test    lint, types, layers and every test
 # make bar     the reliability bar as written (docs/reliability.md): hours; ARGS='-k r18' for a row
 # make bench   the DHT beside hivemind's and py-libp2p's (docs/benchmarks.md); ARGS=--quick

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 NETWORKS_MAX = 256
 FORMER_MAX = 256
 LOGS_MAX = 8
+ENTRIES_AT_ONCE = 32
+SUCCESSORS_ASKED = 4
 TRAIN_TIMEOUT_S = 7 * 24 * 3600.0
 SETTLE_TIMEOUT_S = 50.0
 COMMIT_TIMEOUT_S = 60.0
@@ -219,7 +221,10 @@ class Orchestrator:
         history = History(network_id)
         self._reading[network_id] = None
         try:
-            history.extend(await log.read(1))
+            entries = await log.read(1)
+            for at in range(0, len(entries), ENTRIES_AT_ONCE):
+                history.extend(entries[at : at + ENTRIES_AT_ONCE])
+                await asyncio.sleep(0)  # each costs a signature: others may go on meanwhile
         finally:
             self._reading.pop(network_id, None)
         # Who goes on opens it anew, and it is kept no longer than it is needed.
@@ -309,7 +314,7 @@ class Orchestrator:
             keepers=core.history.keepers,
             manifest=core.manifest,
         )
-        for peer_id in self._heir.successors(core.history):
+        for peer_id in self._heir.successors(core.history)[:SUCCESSORS_ASKED]:
             try:
                 reply = await self._swarm.call(
                     peer_id,
