@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from p2pnet.dht.keyspace import name_key, network_key, peer_position, position
 
 KEEPERS = 5
+KEEPERS_LEAST = 3
 
 
 def first_keepers(name: str, alive: Sequence[str], granted: Sequence[str] = ()) -> tuple[str, ...]:
@@ -32,12 +33,23 @@ def next_keepers(
 def _choose(
     key: bytes, present: Sequence[str], alive: Sequence[str], granted: Sequence[str]
 ) -> tuple[str, ...]:
-    """An odd number, at most KEEPERS, so that a majority outlives as many as possible."""
+    """An odd number, at most KEEPERS, so that a majority outlives as many as possible.
+
+    Who sees few members may see too few: three keepers never become fewer, and if need
+    be dead ones make up the number.
+    """
     target = position(key)
     may, stay = dict.fromkeys(granted), dict.fromkeys(present)
     closest = sorted(
         dict.fromkeys(alive),
         key=lambda peer: (peer not in may, peer not in stay, peer_position(peer) ^ target),
     )
-    wanted = min(KEEPERS, len(closest) - 1 + len(closest) % 2)
-    return tuple(sorted(closest[: max(1, wanted)]))
+    wanted = max(1, min(KEEPERS, len(closest) - 1 + len(closest) % 2))
+    least = min(KEEPERS_LEAST, len(stay) - 1 + len(stay) % 2)
+    if wanted < least:
+        away = sorted(
+            (peer for peer in stay if peer not in closest),
+            key=lambda peer: peer_position(peer) ^ target,
+        )
+        return tuple(sorted((closest + away)[:least]))
+    return tuple(sorted(closest[:wanted]))

@@ -20,7 +20,7 @@ from enum import Enum, auto
 
 from p2pnet.bounded import keep_latest
 from p2pnet.core import Tick
-from p2pnet.dht.manifest import granted_by
+from p2pnet.dht.manifest import granted_by, open_manifest
 from p2pnet.errors import RemoteError
 from p2pnet.keys import KeyPair, short
 from p2pnet.log.history import History, check_entry, new_claim, new_closing
@@ -110,6 +110,7 @@ class Conductor:
             log_is_free=self._write,
             alive={key.peer_id: None},
             granted=granted_by(manifest),
+            first_keepers=tuple(open_manifest(manifest).keepers),
         )
         self._training = Training(self._desk)
         self._watch = Watch(self._desk)

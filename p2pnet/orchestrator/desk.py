@@ -46,6 +46,7 @@ class Desk:
     hosts: HostBook = field(default_factory=HostBook)
     alive: dict[str, None] = field(default_factory=dict)
     granted: tuple[str, ...] = ()  # who may orchestrate it; none: anybody
+    first_keepers: tuple[str, ...] = ()  # as the manifest names them
     now: float = 0.0
     out: list[m.Effect] = field(default_factory=list)
 
@@ -70,7 +71,10 @@ class Desk:
         history = self.history
         staying = [peer for peer in self.alive if not self.hosts.is_leaving(peer)]
         return next_keepers(
-            history.network_id, history.keepers, staying or [self.key.peer_id], self.granted
+            history.network_id,
+            history.keepers or self.first_keepers,
+            staying or [self.key.peer_id],
+            self.granted,
         )
 
     @property

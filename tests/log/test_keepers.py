@@ -32,6 +32,16 @@ def test_the_living_stay_and_the_dead_are_replaced() -> None:
     assert len(after) == KEEPERS
 
 
+def test_who_sees_too_few_does_not_leave_the_log_to_one() -> None:
+    before = next_keepers(NETWORK, (), PEERS[:7])
+    for alive in (PEERS[:1], PEERS[:2]):
+        after = next_keepers(NETWORK, before, alive)
+        assert len(after) == 3
+        assert {*after} & {*alive}
+        assert {*after} <= {*before, *alive}
+    assert len(next_keepers(NETWORK, before[:1], PEERS[:2])) == 1  # there were never more
+
+
 def test_who_may_take_the_network_over_keeps_its_log() -> None:
     far = [peer for peer in PEERS if peer not in first_keepers("small", PEERS)][:2]
     assert {*far} <= {*first_keepers("small", PEERS, far)}
