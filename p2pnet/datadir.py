@@ -155,6 +155,15 @@ def read_whole(path: Path, size_bytes_max: int) -> bytes | None:
     return data
 
 
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder outlast a power cut. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Replaces a file so that readers see all of the old or all of the new, after a crash too.
 
@@ -168,11 +177,7 @@ def write_whole(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):  # on a broken disk this fails, too
             temporary.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from p2pnet.data.objects import Bucket, check_bucket_url, open_bucket
+from p2pnet.datadir import sync_folder
 from p2pnet.errors import MalformedError, NotFoundError, ResourceError, UsageError
 from p2pnet.units import format_size
 
@@ -162,11 +163,7 @@ class BlobStore:
         except BaseException:
             Path(aside).unlink(missing_ok=True)
             raise
-        directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)  # the new name too has to outlast a power cut
-        finally:
-            os.close(directory)
+        sync_folder(self.path)
 
 
 class StateStore(Protocol):

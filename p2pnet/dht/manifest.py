@@ -84,12 +84,6 @@ def check_state_url(url: str) -> None:
         raise MalformedError(f"{url[:80]!r} is neither a file:// nor an s3:// URL")
 
 
-def granted_by(signed: common_pb2.Signed) -> tuple[str, ...]:
-    """Whom a manifest that holds lets orchestrate; nobody named: anybody. Raises as it opens."""
-    manifest = open_manifest(signed)
-    return () if manifest.any_orchestrator else tuple(manifest.orchestrators)
-
-
 def grants(manifest: records_pb2.Manifest, peer_id: str) -> bool:
     """Whether the owner lets that peer orchestrate the network."""
     return manifest.any_orchestrator or peer_id in manifest.orchestrators

@@ -14,6 +14,7 @@ import re
 import tempfile
 from pathlib import Path
 
+from p2pnet.datadir import sync_folder
 from p2pnet.dht.manifest import check_network_id, is_network_id
 from p2pnet.errors import LocalError, ResourceError
 from p2pnet.log.entry import parse_entry
@@ -49,10 +50,10 @@ class DirectoryLog:
                 raise LocalError(f"slot {slot} of the log in {folder} comes after an empty one")
             if not folder.is_dir():
                 folder.mkdir(parents=True, exist_ok=True)
-                _sync(folder.parent)
+                sync_folder(folder.parent)
             won = _create(path, signed.SerializeToString(deterministic=True))
             # The loser too: what it reports must not vanish with the winner's power cut.
-            _sync(folder)
+            sync_folder(folder)
         except OSError as error:
             raise _cannot("write", path, error) from error
         return signed if won else _load(path, entry.network_id, slot)
@@ -113,14 +114,6 @@ def _create(path: Path, data: bytes) -> bool:
         return True
     finally:
         os.unlink(temporary)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _load(path: Path, network_id: str, slot: int) -> common_pb2.Signed:

@@ -13,7 +13,9 @@ everything, so that the log alone is enough for whoever goes on with the network
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from typing import Self
 
 from p2pnet import keys
 from p2pnet.dht.manifest import check_network_id, grants, network_id_of, open_manifest
@@ -58,6 +60,7 @@ class History:
         self.epoch = 0  # of the last claim that counts; 0: unclaimed
         self.orchestrator = ""  # its claimant's peer id
         self.manifest: common_pb2.Signed | None = None
+        self._charter: records_pb2.Manifest | None = None
         self.commit: log_pb2.Commit | None = None  # the last that counts
         self.closing: log_pb2.Cancellation | None = None  # by which the owner has ended it
         self.keepers: tuple[str, ...] = ()  # of the next slot
@@ -67,7 +70,9 @@ class History:
     @property
     def charter(self) -> records_pb2.Manifest | None:
         """What is in the manifest; None: unclaimed."""
-        return None if self.manifest is None else open_charter(self.network_id, self.manifest)
+        if self._charter is None and self.manifest is not None:
+            self._charter = open_charter(self.network_id, self.manifest)  # it never changes
+        return self._charter
 
     @property
     def placement(self) -> Mapping[str, str]:
@@ -135,6 +140,17 @@ class History:
             elif known.payload != signed.payload:
                 raise ForgedError(f"two entries are said to be decided for slot {slot}")
         return new
+
+    def copy(self) -> Self:
+        """The same entries, to be gone on from by itself."""
+        other = copy.copy(self)
+        other.entries, other.claims = list(self.entries), list(self.claims)
+        return other
+
+
+def claims_left(history: History, limits: records_pb2.Limits) -> bool:
+    """Whether the owner allows one more claim."""
+    return not limits.claims_max or history.epoch < limits.claims_max
 
 
 def placement_of(claim: log_pb2.Claim) -> dict[str, str]:
@@ -312,7 +328,7 @@ def _void_claim(signer: str, entry: log_pb2.LogEntry, history: History) -> str:
     limits = charter.limits
     if limits.hosts_max and len(claim.hosts) > limits.hosts_max:
         return f"a claim names {len(claim.hosts)} hosts; the owner allows {limits.hosts_max}"
-    if limits.claims_max and history.epoch >= limits.claims_max:
+    if not claims_left(history, limits):
         return f"the owner allows {limits.claims_max} claims, and all are used"
     if bool(charter.keepers) != bool(entry.keepers):
         return "a log is kept by peers, or in a store, as its manifest says"

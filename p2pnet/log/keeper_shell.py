@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from p2pnet import clock
+from p2pnet.datadir import sync_folder
 from p2pnet.errors import LocalError, ResourceError
 from p2pnet.keys import KeyPair
 from p2pnet.log.history import History
@@ -118,9 +119,9 @@ class KeeperService:
             os.replace(temporary, folder / str(effect.slot))
             following = kept[number + 1] if number + 1 < len(kept) else None
             if not isinstance(following, Persist) or following.network_id != effect.network_id:
-                _sync(folder)  # the new names, too
+                sync_folder(folder)  # the new names, too
             if new:
-                _sync(self._directory)
+                sync_folder(self._directory)
 
     def _forget(self, folder: Path) -> None:
         slots = [int(file.name) for file in folder.iterdir() if file.name.isdigit()]
@@ -129,14 +130,6 @@ class KeeperService:
                 (folder / str(slot)).unlink()
         if 0 not in slots:
             folder.rmdir()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_all(directory: Path) -> dict[tuple[str, int], bytes]:

@@ -75,11 +75,11 @@ class LogOnPeers(Log):
                 self._proofs[history.next_slot] = decided.proof
             return decided.entry
 
-    async def read(self, from_slot: int = 1) -> list[common_pb2.Signed]:
+    async def history(self) -> History:
         """See `Log`."""
         async with self._one_at_a_time:
             await self._sync()
-            return self._known.entries[max(1, from_slot) - 1 :]
+            return self._known
 
     async def confirm(self, entry: common_pb2.Signed) -> History:
         """See `Log`."""

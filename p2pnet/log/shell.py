@@ -26,9 +26,13 @@ class Log(ABC):
             UnreachableError: no majority, or no store. It may be decided all the same.
         """
 
-    @abstractmethod
     async def read(self, from_slot: int = 1) -> list[common_pb2.Signed]:
-        """The decided entries from a slot on, in order, each checked.
+        """The decided entries from a slot on, in order, each checked. Raises as `history`."""
+        return (await self.history()).entries[max(1, from_slot) - 1 :]
+
+    @abstractmethod
+    async def history(self) -> History:
+        """All that is decided, each entry checked once; not to be changed, it grows.
 
         An entry that is being decided now may be missing.
 

@@ -63,14 +63,8 @@ class LogInStore(Log):
         except LocalError as error:  # the store does not answer, or holds no entry there
             raise UnreachableError(str(error)) from error
 
-    async def read(self, from_slot: int = 1) -> list[common_pb2.Signed]:
-        """See `Log`."""
-        async with self._one_at_a_time:
-            await self._sync()
-            return self._known.entries[max(1, from_slot) - 1 :]
-
     async def history(self) -> History:
-        """What stands there now, checked; not to be changed. Raises as `read`."""
+        """See `Log`."""
         async with self._one_at_a_time:
             await self._sync()
             return self._known

@@ -7,6 +7,7 @@ import secrets
 import stat
 from pathlib import Path
 
+from p2pnet.datadir import sync_folder
 from p2pnet.errors import ResourceError
 from p2pnet.keys import KeyPair
 
@@ -77,8 +78,4 @@ def _create(path: Path) -> None:
             return
     finally:
         draft.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_folder(path.parent)

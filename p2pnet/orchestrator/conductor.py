@@ -20,10 +20,16 @@ from enum import Enum, auto
 
 from p2pnet.bounded import keep_latest
 from p2pnet.core import Tick
-from p2pnet.dht.manifest import granted_by, open_manifest
 from p2pnet.errors import RemoteError
 from p2pnet.keys import KeyPair, short
-from p2pnet.log.history import History, check_entry, new_claim, new_closing
+from p2pnet.log.history import (
+    History,
+    check_entry,
+    claims_left,
+    new_claim,
+    new_closing,
+    open_charter,
+)
 from p2pnet.orchestrator import messages as m
 from p2pnet.orchestrator.allocations import allocate_requests, check_accepted, relocations_of
 from p2pnet.orchestrator.asks import Ask, Asks
@@ -82,7 +88,6 @@ class Conductor:
     Args:
         history: the network's log as far as it is known, perhaps not at all. It is
             changed here and by nobody else.
-        state_url: where its log and states live; "": on peers.
         states: those that the network was submitted with; of a network that is in the
             log already, its genesis says.
     """
@@ -94,7 +99,6 @@ class Conductor:
         manifest: common_pb2.Signed,
         graph: CompiledGraph,
         *,
-        state_url: str = "",
         states: Mapping[str, common_pb2.BlobRef] | None = None,
     ) -> None:
         self.phase = Phase.READING
@@ -103,14 +107,12 @@ class Conductor:
             key,
             history,
             manifest,
+            open_charter(history.network_id, manifest),
             graph,
-            state_url,
             dict(states or {}),
             trouble=self._trouble,
             log_is_free=self._write,
             alive={key.peer_id: None},
-            granted=granted_by(manifest),
-            first_keepers=tuple(open_manifest(manifest).keepers),
         )
         self._training = Training(self._desk)
         self._watch = Watch(self._desk)
@@ -562,10 +564,7 @@ class Conductor:
 
     @property
     def _claims_left(self) -> bool:
-        """Whether the owner allows one more claim."""
-        charter = self.history.charter
-        limit = 0 if charter is None else charter.limits.claims_max
-        return not limit or len(self.history.claims) < limit
+        return claims_left(self.history, self._desk.charter.limits)
 
     def _claimed(self, entry: common_pb2.Signed) -> None:
         desk = self._desk
@@ -583,7 +582,7 @@ class Conductor:
             lease_s=LEASE_S,
             step=desk.committed_step,
             states=desk.states,
-            state_url=desk.state_url,
+            state_url=desk.charter.state_url,
         )
         self._asked = dict.fromkeys(requests)
         desk.out += [m.Allocate(host, request) for host, request in requests.items()]

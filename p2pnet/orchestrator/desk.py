@@ -10,7 +10,7 @@ from p2pnet.log.history import History
 from p2pnet.log.keepers import next_keepers
 from p2pnet.orchestrator import messages as m
 from p2pnet.orchestrator.hosts import HostBook
-from p2pnet.v1 import common_pb2, pnode_pb2
+from p2pnet.v1 import common_pb2, pnode_pb2, records_pb2
 from p2pnet.vnode.graph import CompiledGraph
 
 REASON_CHARS_MAX = 200
@@ -33,8 +33,8 @@ class Desk:
     key: KeyPair
     history: History
     manifest: common_pb2.Signed
+    charter: records_pb2.Manifest  # what is in the manifest
     graph: CompiledGraph
-    state_url: str
     submitted: Mapping[str, common_pb2.BlobRef]
     trouble: Callable[[str], None]
     log_is_free: Callable[[], None]
@@ -45,8 +45,6 @@ class Desk:
     detail: str = ""
     hosts: HostBook = field(default_factory=HostBook)
     alive: dict[str, None] = field(default_factory=dict)
-    granted: tuple[str, ...] = ()  # who may orchestrate it; none: anybody
-    first_keepers: tuple[str, ...] = ()  # as the manifest names them
     now: float = 0.0
     out: list[m.Effect] = field(default_factory=list)
 
@@ -66,15 +64,15 @@ class Desk:
     @property
     def next_keepers(self) -> tuple[str, ...]:
         """Who is to keep the slot after the next one; nobody for a log in a store."""
-        if self.state_url:
+        charter, history = self.charter, self.history
+        if charter.state_url:
             return ()
-        history = self.history
         staying = [peer for peer in self.alive if not self.hosts.is_leaving(peer)]
         return next_keepers(
             history.network_id,
-            history.keepers or self.first_keepers,
+            history.keepers or charter.keepers,
             staying or [self.key.peer_id],
-            self.granted,
+            () if charter.any_orchestrator else charter.orchestrators,
         )
 
     @property

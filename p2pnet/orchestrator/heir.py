@@ -12,7 +12,6 @@ from p2pnet.dht.keyspace import network_key, peer_position, position
 from p2pnet.errors import P2PNetError, RemoteError
 from p2pnet.log.history import History
 from p2pnet.log.store_shell import LogInStore, open_store
-from p2pnet.orchestrator import messages as m
 from p2pnet.orchestrator.sightings import Sighting, of_history
 from p2pnet.orchestrator.succession import (
     NETWORKS_MAX,
@@ -93,7 +92,7 @@ class Heir:
         alive = tuple(member.peer_id for member in self._swarm.members() if member.alive)
         self._feed(Alive(alive))
 
-    def over(self, history: History, over: m.Over) -> None:
+    def over(self, history: History) -> None:
         """A network that this node looked after is another's now, or closed."""
         sighting = of_history(history)
         if sighting is not None:

@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 NETWORKS_MAX = 256
 FORMER_MAX = 256
 LOGS_MAX = 8
-ENTRIES_AT_ONCE = 32
 SUCCESSORS_ASKED = 4
 TRAIN_TIMEOUT_S = 7 * 24 * 3600.0
 SETTLE_TIMEOUT_S = 50.0
@@ -157,7 +156,7 @@ class Orchestrator:
             network = self._networks.get(network_id)  # it may have come again meanwhile
         if network is None:
             history = History(network_id)
-            network = self._conduct(request.manifest, manifest, graph, history, (), request.states)
+            network = self._conduct(request.manifest, manifest, graph, history, request.states)
             network.feed(m.Begin("submitted"))
         try:
             await asyncio.wait_for(network.settled.wait(), SETTLE_TIMEOUT_S)
@@ -194,14 +193,14 @@ class Orchestrator:
         graph = await asyncio.to_thread(CompiledGraph.from_json, history.genesis.graph)
         if (network := self._networks.get(network_id)) is not None:
             return network
-        network = self._conduct(
-            sighting.manifest, sighting.charter, graph, history, history.keepers, {}
-        )
+        network = self._conduct(sighting.manifest, sighting.charter, graph, history, {})
         network.feed(m.Begin(reason, history.epoch if handed_by else sighting.epoch))
         return network
 
     async def _read(self, sighting: Sighting) -> History:
         """A network's log, read on from where the last try stopped: it may be long.
+
+        The `Log` is kept for whoever goes on, or tries again.
 
         Raises:
             RefusedError: too many are being read (code BUSY).
@@ -218,20 +217,11 @@ class Orchestrator:
         if log is None:
             log = open_log(self._swarm, network_id, sighting.manifest, keepers=sighting.keepers)
             self._logs[network_id] = log
-        history = History(network_id)
         self._reading[network_id] = None
         try:
-            entries = await log.read(1)
-            for at in range(0, len(entries), ENTRIES_AT_ONCE):
-                history.extend(entries[at : at + ENTRIES_AT_ONCE])
-                await asyncio.sleep(0)  # each costs a signature: others may go on meanwhile
+            return (await log.history()).copy()
         finally:
             self._reading.pop(network_id, None)
-        # Who goes on opens it anew, and it is kept no longer than it is needed.
-        if self._logs.get(network_id) is log:
-            del self._logs[network_id]
-        await log.close()
-        return history
 
     def _may(self, network_id: str, charter: records_pb2.Manifest) -> None:
         """Raises RefusedError where this node is not to orchestrate a network."""
@@ -257,18 +247,17 @@ class Orchestrator:
         charter: records_pb2.Manifest,
         graph: CompiledGraph,
         history: History,
-        keepers: tuple[str, ...],
         states: Mapping[str, common_pb2.BlobRef],
     ) -> ConductedNetwork:
         network_id = history.network_id
         assert network_id not in self._networks
         self._may(network_id, charter)
-        url = charter.state_url
+        log = self._logs.pop(network_id, None) or open_log(self._swarm, network_id, signed)
         network = ConductedNetwork(
             self._swarm,
-            Conductor(self._swarm.keypair, history, signed, graph, state_url=url, states=states),
-            open_log(self._swarm, network_id, signed, keepers=keepers),
-            Publisher(self._swarm, network_id, graph.name, signed, url, LEASE_S),
+            Conductor(self._swarm.keypair, history, signed, graph, states=states),
+            log,
+            Publisher(self._swarm, network_id, graph.name, signed, charter.state_url, LEASE_S),
             Planner(self._swarm, graph, hosts_max=charter.limits.hosts_max),
             self._over,
         )
@@ -281,7 +270,7 @@ class Orchestrator:
         if self._networks.get(core.network_id) is network:
             del self._networks[core.network_id]
             keep_latest(self._former, core.network_id, over, FORMER_MAX)
-        self._heir.over(core.history, over)
+        self._heir.over(core.history)
         self._tasks.spawn(self._stop_later(network))
 
     async def _stop_later(self, network: ConductedNetwork) -> None:

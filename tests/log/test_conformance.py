@@ -79,7 +79,7 @@ class InDirectory(Place):
         def lost(*args: object) -> None:
             raise OSError(5, "Input/output error")
 
-        with mock.patch("p2pnet.log.directory._sync", lost):
+        with mock.patch("p2pnet.log.directory.sync_folder", lost):
             yield
 
     def damage(self, slot: int, how: str) -> None:
