@@ -69,7 +69,11 @@ class Process:
 
     def ask(self, do: str, timeout_s: float = START_S, **arguments: object) -> dict[str, Any]:
         """Sends it a command and waits for what came of it."""
-        self.say(do=do, **arguments)
+        return self.tell(timeout_s, do=do, **arguments)
+
+    def tell(self, timeout_s: float = START_S, **command: object) -> dict[str, Any]:
+        """The same for one that has no verbs."""
+        self.say(**command)
         answer: dict[str, Any] = json.loads(self.line(timeout_s))
         return answer
 
@@ -80,7 +84,7 @@ class Process:
     def pss_bytes(self) -> int:
         """Memory: its own pages, and its share of those that others map too."""
         total = 0
-        for pid in self._pids():
+        for pid in self.pids():
             try:
                 rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
             except OSError:
@@ -91,7 +95,7 @@ class Process:
     def cpu_s(self) -> float:
         """CPU time that it has used."""
         ticks = 0
-        for pid in self._pids():
+        for pid in self.pids():
             try:
                 fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             except OSError:
@@ -113,7 +117,8 @@ class Process:
                 except BrokenPipeError:
                     pass
 
-    def _pids(self) -> list[int]:
+    def pids(self) -> list[int]:
+        """The processes of its session."""
         pids = []
         for entry in os.listdir("/proc"):
             try:

@@ -11,6 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 _HIVEMIND = ROOT / ".venv-hivemind"
+HIVEMIND_PYTHON = _HIVEMIND / "bin/python"
+HIVEMIND_PEERS = ROOT / "benchmarks/peers"
 # torch goes in first and alone: any other version than the pinned one may bring
 # gigabytes of GPU libraries along.
 _STEPS = (("torch==2.13.0",), ("hivemind>=1.1.12,<1.2", "numpy<2.4"))
@@ -44,8 +46,8 @@ class System:
 P2PNET = System("p2pnet", (sys.executable, "-m", "benchmarks.peers.p2pnet_dht"), ROOT)
 HIVEMIND = System(
     "hivemind",
-    (str(_HIVEMIND / "bin/python"), "hivemind_dht.py"),
-    ROOT / "benchmarks/peers",
+    (str(HIVEMIND_PYTHON), "hivemind_dht.py"),
+    HIVEMIND_PEERS,
     meets_at_start=True,
 )
 STOCK = System(
@@ -58,7 +60,7 @@ STOCK = System(
 ALL = (P2PNET, HIVEMIND, STOCK)
 
 # The shipped commands, for memory and start-up: a whole node each.
-P2PNET_NODE = (sys.executable, "-m", "p2pnet", "join", "--json", "--until-eof")
+P2PNET_NODE = (sys.executable, "-m", "p2pnet", "join", "--json", "--until-eof", "--device", "cpu")
 HIVEMIND_NODE = (str(_HIVEMIND / "bin/hivemind-dht"),)
 
 
@@ -71,7 +73,7 @@ def install_hivemind() -> str:
     pip = str(_HIVEMIND / "bin/pip")
     steps = [[sys.executable, "-m", "venv", str(_HIVEMIND)]]
     steps += [[pip, "install", "--quiet", *packages] for packages in _STEPS]
-    steps += [[str(_HIVEMIND / "bin/python"), "-c", "import hivemind"]]
+    steps += [[str(HIVEMIND_PYTHON), "-c", "import hivemind"]]
     for step in steps:
         try:
             done = subprocess.run(

@@ -35,8 +35,8 @@ def show_swarms(
     for row, by_system in rows:
         ours, theirs = (_value(by_system.get(s.name)) for s in (P2PNET, HIVEMIND))
         goal = verdict(row.goal, ours, theirs) if row.goal else ""
-        cells = [_cell(row.unit, by_system.get(system.name)) for system in ALL]
-        table.add_row(row.name, _ratio(ours, theirs), _coloured(goal), *cells)
+        cells = [cell(row.unit, by_system.get(system.name)) for system in ALL]
+        table.add_row(row.name, _ratio(ours, theirs), coloured(goal), *cells)
     console.print(table)
     for name, note in notes.items():
         console.print(f"{name}: {note}", style="yellow", highlight=False)
@@ -50,7 +50,7 @@ def show_shipped(console: Console, nodes: Mapping[str, Shipped | str]) -> None:
         table.add_column(name, justify="right" if name else "left")
     both = [one if isinstance(one, Shipped) else None for one in (ours, theirs)]
     memory = [one.pss_bytes / MIB if one else None for one in both]
-    goal = _coloured(verdict(Goal(1.0), *memory))
+    goal = coloured(verdict(Goal(1.0), *memory))
     cells = [f"{_number(mib)} MiB" if mib else "" for mib in memory]
     table.add_row("memory a node (PSS)", _ratio(*memory), goal, *cells)
     ready_s = [one.ready_s if one else None for one in both]
@@ -109,12 +109,14 @@ def _ratio(ours: float | None, theirs: float | None) -> str:
     return f"{ours / theirs:.2f}" if ours is not None and theirs else ""
 
 
-def _coloured(goal: str) -> str:
+def coloured(goal: str) -> str:
+    """A verdict, green where it is met and red where it is missed."""
     colour = "green" if goal.endswith(": met") else "red" if goal.endswith(": missed") else ""
     return f"[{colour}]{goal}[/{colour}]" if colour else goal
 
 
-def _cell(unit: str, figure: Figure | None) -> str:
+def cell(unit: str, figure: Figure | None) -> str:
+    """A figure, and between what it lay."""
     if figure is None:
         return ""
     spread = f" ({_number(figure.low)}–{_number(figure.high)})" if figure.rounds > 1 else ""

@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Client", "Network", "__version__"]
+__all__ = ["AsyncClient", "AsyncNetwork", "Client", "Network", "__version__"]
 
 if TYPE_CHECKING:
-    from p2pnet.client import Client, Network
+    from p2pnet.client import AsyncClient, AsyncNetwork, Client, Network
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Client", "Network"):
+    if name in __all__ and name != "__version__":
         return getattr(import_module("p2pnet.client"), name)
     raise AttributeError(f"module 'p2pnet' has no attribute {name!r}")

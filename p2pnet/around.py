@@ -23,9 +23,11 @@ from p2pnet.keys import KeyPair, short
 from p2pnet.net.bridge import Bridge
 from p2pnet.net.dialer import Dialer, PeerContact
 from p2pnet.net.groups import ip_group
+from p2pnet.net.hop_frames import Buffer, Request
 from p2pnet.swarm import MemberView
-from p2pnet.v1 import common_pb2, records_pb2
+from p2pnet.v1 import common_pb2, records_pb2, vnode_pb2
 from p2pnet.vnode import transfer
+from p2pnet.vnode.hops_shell import Hops
 
 ReplyT = TypeVar("ReplyT", bound=Message)
 
@@ -47,6 +49,7 @@ class Around:
     ) -> None:
         self._keypair = keypair
         self._dialer = dialer
+        self._hops = Hops(dialer)
         self._dht = dht
         self._gossip = gossip
         self._bridge = bridge
@@ -54,6 +57,10 @@ class Around:
         self._members: tuple[MemberView, ...] = ()
         self._contacts: Mapping[str, PeerContact] = {}
         self._advert: common_pb2.Signed | None = None
+
+    async def close(self) -> None:
+        """Ends the streams of hops; before the dialer is closed."""
+        await self._hops.close()
 
     def update(self, members: Sequence[Member]) -> None:
         """Replaces the snapshot; who is gone can no longer be called."""
@@ -105,12 +112,23 @@ class Around:
             self._contact(peer_id), method, request, reply_type, timeout_s=timeout_s
         )
 
+    async def hop(
+        self, peer_id: str, request: Request, payload: Buffer | None, *, timeout_s: float
+    ) -> tuple[vnode_pb2.HopReply, memoryview | None]:
+        """See `Swarm`."""
+        return await self._hops.hop(self._contact(peer_id), request, payload, timeout_s=timeout_s)
+
     async def put_blob(
-        self, peer_id: str, data: bytes, *, network_id: str, timeout_s: float
+        self, peer_id: str, data: bytes, *, network_id: str, timeout_s: float, digest: bytes = b""
     ) -> None:
         """See `Swarm`."""
         await transfer.put_blob(
-            self._dialer, self._contact(peer_id), data, network_id=network_id, timeout_s=timeout_s
+            self._dialer,
+            self._contact(peer_id),
+            data,
+            network_id=network_id,
+            timeout_s=timeout_s,
+            digest=digest,
         )
 
     async def get_blob(self, peer_id: str, digest: bytes, *, timeout_s: float) -> bytes:

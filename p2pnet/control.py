@@ -178,17 +178,22 @@ class Control:
             for record in found.get(keys[vnode], [])[:1]:  # the newest epoch's
                 allocation = record.content
                 assert isinstance(allocation, records_pb2.Allocation)
-                rows.append(
-                    pb.WhereIsRow(
-                        vnode=vnode,
-                        peer_id=allocation.host,
-                        addrs=allocation.addrs,
-                        epoch=allocation.epoch,
-                        role=allocation.role,
-                        expires_in_s=max(0.0, record.expires_in_s),
-                        cid=cid_of(keys[vnode]),
-                    )
+                host = pb.WhereIsRow(
+                    vnode=vnode,
+                    peer_id=allocation.host,
+                    addrs=allocation.addrs,
+                    epoch=allocation.epoch,
+                    role=allocation.role,
+                    expires_in_s=max(0.0, record.expires_in_s),
+                    cid=cid_of(keys[vnode]),
                 )
+                rows.append(host)
+                for peer_id in allocation.standbys:
+                    row = pb.WhereIsRow()
+                    row.CopyFrom(host)
+                    row.peer_id, row.role = peer_id, "standby"
+                    del row.addrs[:]
+                    rows.append(row)
         return rows
 
     async def _get_all(
@@ -283,7 +288,7 @@ class Control:
         graph = from_json(request.graph)
         if not 1 <= request.batch_size <= BATCH_SAMPLES:
             raise MalformedError(f"a batch has 1 to {BATCH_SAMPLES} samples")
-        plan = functools.partial(plan_json, batch_size=request.batch_size, reserved=BATCH_SAMPLES)
+        plan = functools.partial(plan_json, batch_size=request.batch_size)
         members = await self._on_trio(self._views)
         found = await asyncio.to_thread(plan, graph, members)  # may take seconds
         return pb.PlanReply(json=json.dumps(found))

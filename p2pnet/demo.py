@@ -86,6 +86,7 @@ class _Swarm:
         log = (self.directory / f"node{number}.log").open("w")
         command = [sys.executable, "-m", "p2pnet", "join", "--json", "--faults", "--until-eof"]
         command += ["--listen", "/ip4/127.0.0.1/tcp/0", "--data-dir", str(data_dir)]
+        command += ["--device", "cpu"]  # plain torch, which it is compared with, computes there
         command += ["--bootstrap", str(bootstrap)] if bootstrap is not None else []
         environment = {k: v for k, v in os.environ.items() if k != "P2PNET_BOOTSTRAP"}
         process = subprocess.Popen(
@@ -366,7 +367,8 @@ def plain_torch_digest(graph: CompiledGraph, x: Any, y: Any) -> str:
     import torch
     from torch import nn
 
-    from p2pnet.vnode.components import Add, init_seed
+    from p2pnet.vnode.components import init_seed
+    from p2pnet.vnode.modules import Add
 
     torch.set_num_threads(1)
     layers: dict[str, nn.Module] = {}
@@ -374,7 +376,9 @@ def plain_torch_digest(graph: CompiledGraph, x: Any, y: Any) -> str:
         torch.manual_seed(init_seed(graph.seed, node.id))
         kind = Add if node.type == "Add" else getattr(nn, node.type)
         layers[node.id] = kind(**node.config)
-    loss_of = getattr(nn, graph.loss.type)(**graph.loss.config)
+    ours = ("class_dim",)  # 1, as in torch, which has no such key
+    options = {key: value for key, value in graph.loss.config.items() if key not in ours}
+    loss_of = getattr(nn, graph.loss.type)(**options)
     params = [param for layer in layers.values() for param in layer.parameters()]
     optimizer = getattr(torch.optim, graph.optimizer.type)(params, **graph.optimizer.config)
     for epoch in range(1, EPOCHS + 1):

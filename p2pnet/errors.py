@@ -12,6 +12,7 @@
         ├── ForgedError       a signature, digest or grant that does not hold
         ├── RefusedError      the peer said no, and why
         │   └── VersionError  the peer speaks none of our protocol versions
+        ├── RolledBackError   committed states are lost: a network went back
         └── UnreachableError  no connection, no answer, or not in time
 
 "My bug" and "your bug" are different types (as in h11): a handler that meets a
@@ -77,6 +78,17 @@ class RefusedError(RemoteError):
 
 class VersionError(RefusedError):
     """The peer speaks none of our protocol versions."""
+
+
+class RolledBackError(RemoteError):
+    """A network went back behind a commit, whose states are lost.
+
+    `step` is the first one that has to be fed again.
+    """
+
+    def __init__(self, detail: str, *, step: int) -> None:
+        super().__init__(detail)
+        self.step = step
 
 
 class UnreachableError(RemoteError):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import secrets
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -34,7 +35,7 @@ from p2pnet.datadir import DataDir
 from p2pnet.dht.shell import Dht
 from p2pnet.dht.wire import KAD_PROTOCOL
 from p2pnet.draining import Draining
-from p2pnet.errors import P2PNetError
+from p2pnet.errors import P2PNetError, UsageError
 from p2pnet.events import EventBus
 from p2pnet.gossip.capabilities import Capabilities
 from p2pnet.gossip.capabilities_shell import local_capabilities, measure_matmul_gflops
@@ -57,7 +58,10 @@ from p2pnet.rendezvous import Rendezvous
 from p2pnet.service import Scope
 from p2pnet.service_file import Pin
 from p2pnet.tracing import Tracing
+from p2pnet.units import format_size
 from p2pnet.vnode.blobs import BLOBS_BYTES_MAX, BlobKeeper
+from p2pnet.vnode.devices import AUTO, CPU, Device
+from p2pnet.vnode.devices_shell import choose_device
 from p2pnet.vnode.executor import ComputeThread
 from p2pnet.vnode.faults import Faults
 from p2pnet.vnode.shell import Host
@@ -87,8 +91,12 @@ class NodeConfig:
     """Multiaddrs with /p2p/ to start from; the peers remembered come on top."""
     cpus: float | None = None
     """Lent; None: all."""
+    threads: int = 1
+    """Of torch, within one operation; at most as many as CPUs are lent."""
+    device: str = AUTO
+    """What to compute on, as `vnode.devices.parse_device` takes it."""
     memory_bytes: int | None = None
-    """Lent; None: half of what is free."""
+    """Lent; None: half of what is free. On a GPU, at most what is free on that."""
     kad_protocol: str = KAD_PROTOCOL
     """Another one lets stock libp2p peers share the DHT."""
     state_url: str = ""
@@ -114,6 +122,8 @@ class NodeInfo:
     data_dir: str
     socket: Path
     starts_new_network: bool
+    device: str
+    """What it computes on, for people."""
     service: Mapping[str, Any] | None
     """The one service that it serves, as far as it knows it; None: open to any network."""
 
@@ -139,8 +149,9 @@ async def run_node(
     """Runs a node until `stop` is set, or until somebody has it leave; then drains and leaves.
 
     Raises:
-        ResourceError: the data dir or a port is taken, or the disk is full.
-        UsageError: an address to listen on that is none.
+        ResourceError: the data dir or a port is taken, the disk is full, or the GPU that is
+            asked for cannot be used.
+        UsageError: an address to listen on that is none, or more threads than CPUs.
     """
     async with AsyncExitStack() as stack:
         data = DataDir(config.data_dir)
@@ -148,7 +159,7 @@ async def run_node(
         stack.callback(data.close)
         keypair = identity.load_or_create(data.path / "identity")
         certificate = load_or_create_certificate(data.path / "tls")
-        capabilities = await _capabilities(config)
+        capabilities, device = await _capabilities(config)
         network = await stack.enter_async_context(open_network(keypair, listen=config.listen))
         bridge = await stack.enter_async_context(open_bridge())
         # A short-lived client tells nobody what happens in it.
@@ -159,7 +170,7 @@ async def run_node(
         scope = Scope(data.path / "services", config.service, dht, keypair, events, rng=rng)
         dialer = TcpDialer(keypair, causality=events.causality)
         around = Around(keypair, dialer, dht, lambda: gossip, bridge, events)
-        compute = ComputeThread(threads=1)
+        compute = ComputeThread(config.threads, device=device.name, cpus=config.cpus)
         stack.callback(compute.close)
         faults = Faults(config.faults, events.emit)
         blobs = BlobKeeper(BlobStore(data.path / "blobs", BLOBS_BYTES_MAX), around)
@@ -192,6 +203,7 @@ async def run_node(
             await host.close()
             for server in servers:
                 await server.stop(GRACE_S)
+            await around.close()
             await dialer.close()
 
         stack.push_async_callback(_shielded, bridge, stop_asyncio)
@@ -301,7 +313,8 @@ async def run_node(
             nursery.start_soon(rendezvous.run)
             if not config.client:
                 nursery.start_soon(_advertise, parts, host)
-                nursery.start_soon(_measure, parts)
+                if device.name == CPU:  # the speed of another is known
+                    nursery.start_soon(_measure, parts)
                 nursery.start_soon(remembered.keep)
                 nursery.start_soon(scope.run)
             on_ready(
@@ -312,6 +325,7 @@ async def run_node(
                     str(data.path),
                     socket,
                     starts_new_network=not (start_from or known),
+                    device=device.title,
                     service=scope.describe(),
                 )
             )
@@ -332,13 +346,26 @@ async def _shielded(bridge: Bridge, stop: Callable[[], Coroutine[Any, Any, None]
             logger.warning("gRPC did not stop in good order: %s", error)
 
 
-async def _capabilities(config: NodeConfig) -> Capabilities:
+async def _capabilities(config: NodeConfig) -> tuple[Capabilities, Device]:
     if config.client:
-        return Capabilities()
+        return Capabilities(), Device()
     found = await trio.to_thread.run_sync(
         lambda: local_capabilities(cpus=config.cpus, memory_bytes=config.memory_bytes)
     )
-    return found
+    if config.threads > max(1, math.floor(found.cpus)):
+        raise UsageError(f"{config.threads} threads are more than the {found.cpus:g} CPUs lent")
+    device = await choose_device(config.device, found.devices)
+    lent_bytes = device.lends(found.memory_bytes)
+    if config.memory_bytes is not None and lent_bytes < config.memory_bytes:
+        free = format_size(lent_bytes)
+        logger.warning("only %s can be lent: no more is free on %s", free, device.title)
+    return replace(
+        found,
+        memory_bytes=lent_bytes,
+        matmul_gflops=device.gflops,
+        device=device.title,
+        threads=config.threads,
+    ), device
 
 
 # Tasks
@@ -356,8 +383,10 @@ async def _advertise(parts: _Parts, host: Host) -> None:
 
 async def _measure(parts: _Parts) -> None:
     """Measures this machine's speed in a process of its own, which takes a second or so."""
-    gflops = await measure_matmul_gflops(parts.data.path)
-    _describe(parts, replace(parts.capabilities, matmul_gflops=gflops))
+    lent = parts.capabilities
+    gflops = await measure_matmul_gflops(parts.data.path, threads=lent.threads)
+    share = min(1.0, lent.cpus / lent.threads)  # of the time, after which the thread rests
+    _describe(parts, replace(parts.capabilities, matmul_gflops=gflops * share))
 
 
 def _describe(parts: _Parts, capabilities: Capabilities) -> None:

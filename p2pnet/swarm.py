@@ -15,7 +15,8 @@ from google.protobuf.message import Message
 
 from p2pnet.gossip.coordinates import Coordinate
 from p2pnet.keys import KeyPair
-from p2pnet.v1 import common_pb2, records_pb2
+from p2pnet.net.hop_frames import Buffer, Request
+from p2pnet.v1 import common_pb2, records_pb2, vnode_pb2
 
 ReplyT = TypeVar("ReplyT", bound=Message)
 
@@ -84,10 +85,20 @@ class Swarm(Protocol):
         """
         ...
 
+    async def hop(
+        self, peer_id: str, request: Request, payload: Buffer | None, *, timeout_s: float
+    ) -> tuple[vnode_pb2.HopReply, memoryview | None]:
+        """A request to a host with the bytes that it carries, and its reply with what it does.
+
+        Its payload must stay as it is until then. Raises as `call`; what the host itself has
+        to say against it is in the reply.
+        """
+        ...
+
     async def put_blob(
-        self, peer_id: str, data: bytes, *, network_id: str, timeout_s: float
+        self, peer_id: str, data: bytes, *, network_id: str, timeout_s: float, digest: bytes = b""
     ) -> None:
-        """Gives a peer a copy of a state; raises as `call`."""
+        """Gives a peer a copy of a state, whose SHA-256 saves hashing it; raises as `call`."""
         ...
 
     async def get_blob(self, peer_id: str, digest: bytes, *, timeout_s: float) -> bytes:

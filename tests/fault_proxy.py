@@ -3,11 +3,16 @@
 TCP hides loss from what runs over it: a lost segment is a stall, for a retransmission
 time-out and twice as long each time it is lost again (RFC 6298), and all that follows
 waits behind it. So that is what loss is here, drawn per segment from a seed.
+
+`python tests/fault_proxy.py COUNT` opens so many in a process of its own, which is driven
+over its pipes (`serve`).
 """
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -155,3 +160,32 @@ class _Bursts:
             self._times.append((begin, self._until))
         del self._times[:-8]
         return any(begin <= at < end for begin, end in self._times)
+
+
+async def serve(count: int, lines: Callable[[], str], say: Callable[[str], None]) -> None:
+    """Opens `count` proxies, says their ports, and does what it is told until the lines end.
+
+    A line is JSON with one or both of: `to`, the port that each leads to, by number;
+    `delay_s`, of all of them, one way. Each is answered by an empty object.
+    """
+    async with trio.open_nursery() as nursery:
+        proxies = [await Proxy(nursery, Random(number)).open() for number in range(count)]
+        say(json.dumps({"ports": [int(proxy.addr.rpartition("/")[2]) for proxy in proxies]}))
+        while line := await trio.to_thread.run_sync(lines, abandon_on_cancel=True):
+            command = json.loads(line)
+            for number, port in command.get("to", {}).items():
+                proxies[int(number)].to(port)
+            if "delay_s" in command:
+                for proxy in proxies:
+                    proxy.quality = Quality(delay_s=command["delay_s"])
+            say("{}")
+        nursery.cancel_scope.cancel()
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    trio.run(serve, int(sys.argv[1]), sys.stdin.readline, _say)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 from memory_swarm import MemorySwarm
-from memory_wire import LATENCY_S, MemoryDialer, keypair_of
+from memory_wire import LATENCY_S, MemoryDialer, MemoryHops, keypair_of
 
 from p2pnet.client.session import Session
 from p2pnet.dht.keyspace import name_key, network_key, vnode_key
@@ -54,11 +54,16 @@ class _Control:
 
     async def _where(self, request: Any, vnode: str) -> list[control_pb2.WhereIsRow]:
         found = await self._world.look_up(vnode_key(request.network_id, vnode))
-        return [
-            control_pb2.WhereIsRow(vnode=vnode, peer_id=record.content.host, epoch=record.epoch)
-            for record in found[:1]
-            if isinstance(record.content, records_pb2.Allocation)
-        ]
+        rows = []
+        for record in found[:1]:
+            assert isinstance(record.content, records_pb2.Allocation)
+            hosts = [(record.content.host, "primary")]
+            hosts += [(standby, "standby") for standby in record.content.standbys]
+            rows += [
+                control_pb2.WhereIsRow(vnode=vnode, peer_id=host, epoch=record.epoch, role=role)
+                for host, role in hosts
+            ]
+        return rows
 
     async def close(self) -> None:
         pass
@@ -70,5 +75,6 @@ class MemorySession(Session):
     def __init__(self, world: MemorySwarm, name: str = "client") -> None:
         self._control: Any = _Control(world)
         self._dialer: Any = MemoryDialer(world, keypair_of(name).peer_id)
+        self._hops: Any = MemoryHops(world, keypair_of(name).peer_id)
         self._contacts = {}
         self._located = {}

@@ -31,10 +31,11 @@ from p2pnet.gossip.statements import open_advert
 from p2pnet.keys import KeyPair
 from p2pnet.log.history import History, parse_entry
 from p2pnet.log.keeper_shell import KeeperService
+from p2pnet.net.hop_frames import Buffer, Request
 from p2pnet.orchestrator.shell import Orchestrator
 from p2pnet.orchestrator.sightings import Sighting, sightings_of
 from p2pnet.swarm import MemberView
-from p2pnet.v1 import common_pb2, gossip_pb2, log_pb2, records_pb2
+from p2pnet.v1 import common_pb2, gossip_pb2, log_pb2, records_pb2, vnode_pb2
 from p2pnet.vnode import transfer
 from p2pnet.vnode.blobs import BlobKeeper
 from p2pnet.vnode.faults import Faults
@@ -98,6 +99,8 @@ class Node(Endpoint):
         return sightings_of(self.keeper, self.host)
 
     def _serve(self, part: Any) -> None:
+        if isinstance(part, Host):
+            self.answer_hop = part.hop
         for service, methods in part.services().items():
             self.methods |= {f"{service}/{name}": method for name, method in methods.items()}
 
@@ -150,11 +153,21 @@ class Node(Endpoint):
             contact_of(peer_id), method, request, reply_type, timeout_s=timeout_s
         )
 
+    async def hop(
+        self, peer_id: str, request: Request, payload: Buffer | None, *, timeout_s: float
+    ) -> tuple[vnode_pb2.HopReply, memoryview | None]:
+        return await self._world.hop(self.peer_id, peer_id, request, payload, timeout_s)
+
     async def put_blob(
-        self, peer_id: str, data: bytes, *, network_id: str, timeout_s: float
+        self, peer_id: str, data: bytes, *, network_id: str, timeout_s: float, digest: bytes = b""
     ) -> None:
         await transfer.put_blob(
-            self._dialer, contact_of(peer_id), data, network_id=network_id, timeout_s=timeout_s
+            self._dialer,
+            contact_of(peer_id),
+            data,
+            network_id=network_id,
+            timeout_s=timeout_s,
+            digest=digest,
         )
 
     async def get_blob(self, peer_id: str, digest: bytes, *, timeout_s: float) -> bytes:
@@ -335,6 +348,13 @@ class MemorySwarm(Wire):
         source = keypair_of(by or "stranger").peer_id
         letter = Letter(source, self[name].peer_id, method, request)
         return reply_type.FromString(await self.carry(letter, 30.0))
+
+    async def ask_hop(
+        self, name: str, request: Request, payload: Buffer | None = None, *, by: str = ""
+    ) -> tuple[vnode_pb2.HopReply, memoryview | None]:
+        """A hop to a node by somebody, a stranger by default."""
+        source = keypair_of(by or "stranger").peer_id
+        return await self.hop(source, self[name].peer_id, request, payload, 30.0)
 
     async def log_of(self, network_id: str) -> History:
         """A network's log as its keepers have it: every entry checked, all of one mind."""

@@ -21,20 +21,29 @@ from p2pnet.errors import P2PNetError, RefusedError, UnreachableError
 from p2pnet.keys import KeyPair, sha256
 from p2pnet.net.dialer import PeerContact
 from p2pnet.net.handlers import Caller, Method, refusal_of
+from p2pnet.net.hop_frames import Buffer, Request
+from p2pnet.v1 import vnode_pb2
+from p2pnet.vnode.hops_shell import Handler, refusal_for
 
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 
 LATENCY_S = 0.001
 
 
 @dataclass(frozen=True)
 class Letter:
-    """A call on its way. `source` and `to` are peer ids; a stream's `request` is None."""
+    """A call on its way. `source` and `to` are peer ids; a stream's `request` is None.
+
+    A hop's method is "VNode/" and Train, Forward, Collect, Follow or Decided, though gRPC
+    carries all of them over one stream; it alone has a payload.
+    """
 
     source: str
     to: str
     method: str
     request: Any
+    payload: bytes | None = None
 
 
 Hook = Callable[[Letter], Awaitable[None] | None]
@@ -107,6 +116,22 @@ class MemoryDialer:
         pass
 
 
+class MemoryHops:
+    """`vnode.hops_shell.Hops` over memory."""
+
+    def __init__(self, wire: Wire, source: str) -> None:
+        self._wire = wire
+        self._source = source
+
+    async def hop(
+        self, contact: PeerContact, request: Request, payload: Buffer | None, *, timeout_s: float
+    ) -> tuple[vnode_pb2.HopReply, memoryview | None]:
+        return await self._wire.hop(self._source, contact.peer_id, request, payload, timeout_s)
+
+    async def close(self) -> None:
+        pass
+
+
 class Endpoint:
     """A node as its callers meet it. `awake` is cleared while it answers nobody."""
 
@@ -116,6 +141,7 @@ class Endpoint:
         self.awake.set()
         self.tasks: dict[asyncio.Task[Any], None] = {}  # handlers that run
         self.methods: dict[str, Method] = {}  # by "Service/Method"
+        self.answer_hop: Handler | None = None  # what it answers to hops
 
 
 class Wire:
@@ -164,8 +190,19 @@ class Wire:
     async def carry(self, letter: Letter, timeout_s: float) -> bytes:
         """A unary call: the reply's bytes, or the error that a dialer would raise."""
         for _ in range(self.copies(letter) - 1):
-            self.spawn(self._stray(letter, timeout_s))
-        return await self._carry(letter, timeout_s)
+            self.spawn(self._stray(letter, timeout_s, self._handle))
+        return await self._carry(letter, timeout_s, self._handle)
+
+    async def hop(
+        self, source: str, to: str, request: Request, payload: Buffer | None, timeout_s: float
+    ) -> tuple[vnode_pb2.HopReply, memoryview | None]:
+        """What `vnode.hops_shell.Hops` does, each hop a letter of its own."""
+        method = f"VNode/{type(request).__name__.removesuffix('Request')}"
+        letter = Letter(source, to, method, request, None if payload is None else bytes(payload))
+        for _ in range(self.copies(letter) - 1):
+            self.spawn(self._stray(letter, timeout_s, self._handle_hop))
+        reply, data = await self._carry(letter, timeout_s, self._handle_hop)
+        return vnode_pb2.HopReply.FromString(reply), None if data is None else memoryview(data)
 
     @asynccontextmanager
     async def stream(
@@ -209,18 +246,22 @@ class Wire:
         self._strays[task] = None
         task.add_done_callback(self._strays.pop)
 
-    async def _stray(self, letter: Letter, timeout_s: float) -> None:
+    async def _stray(
+        self, letter: Letter, timeout_s: float, handle: Callable[[Letter, float], Awaitable[Any]]
+    ) -> None:
         try:
-            await self._carry(letter, timeout_s)
+            await self._carry(letter, timeout_s, handle)
         except P2PNetError:
             pass  # nobody waits for the answer to a copy
 
-    async def _carry(self, letter: Letter, timeout_s: float) -> bytes:
+    async def _carry(
+        self, letter: Letter, timeout_s: float, handle: Callable[[Letter, float], Awaitable[T]]
+    ) -> T:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._on_the_way(letter)
                 await self._past(self.before, letter)
-                reply = await self._handle(letter, timeout_s)
+                reply = await handle(letter, timeout_s)
                 await self._past(self.after, letter)
                 await asyncio.sleep(self.latency_s(letter))
                 return reply
@@ -263,6 +304,34 @@ class Wire:
         method = node.methods[letter.method]
         caller = Caller(letter.source, min(timeout_s, method.timeout_s))
         task = self._run_at(node, method.run(requests(), caller, no_stream))
+        await self._done(task)
+        error = task.exception()
+        if isinstance(error, Exception):
+            raise self._refused(error)
+        reply = task.result()
+        assert isinstance(reply, bytes)
+        return reply
+
+    async def _handle_hop(self, letter: Letter, timeout_s: float) -> tuple[bytes, bytes | None]:
+        node = self.nodes[letter.to]
+        request: Any = type(letter.request).FromString(letter.request.SerializeToString())
+        payload = None if letter.payload is None else memoryview(letter.payload)
+        assert node.answer_hop is not None
+
+        async def answer(handler: Handler) -> tuple[vnode_pb2.HopReply, Buffer | None]:
+            async with asyncio.timeout(timeout_s * 0.9):
+                return await handler(request, payload, Caller(letter.source, timeout_s * 0.9))
+
+        task = self._run_at(node, answer(node.answer_hop))
+        await self._done(task)
+        error = task.exception()
+        if isinstance(error, Exception):
+            self._refused(error)  # which notes crashes
+            return vnode_pb2.HopReply(refusal=refusal_for(error)).SerializeToString(), None
+        reply, data = task.result()
+        return reply.SerializeToString(), None if data is None else bytes(data)
+
+    async def _done(self, task: asyncio.Task[Any]) -> None:
         try:
             await asyncio.wait({task})
         finally:
@@ -270,12 +339,6 @@ class Wire:
         self.something_happened()
         if task.cancelled():
             raise UnreachableError("the connection was lost")
-        error = task.exception()
-        if isinstance(error, Exception):
-            raise self._refused(error)
-        reply = task.result()
-        assert isinstance(reply, bytes)
-        return reply
 
     def _refused(self, error: Exception) -> RefusedError:
         """As gRPC hands an error of a handler to the caller."""

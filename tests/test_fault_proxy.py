@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import queue
 from collections.abc import Awaitable, Callable
 from random import Random
 
 import pytest
 import trio
-from fault_proxy import PERFECT, RTO_S_MIN, Proxy, Quality
+from fault_proxy import PERFECT, RTO_S_MIN, Proxy, Quality, serve
 
 from p2pnet.net.multiaddr import parse
 
@@ -18,15 +20,11 @@ PIECES = [bytes([n]) * 500 for n in range(40)]
 def over(quality: Quality, test: Callable[[Proxy, trio.SocketStream], Awaitable[None]]) -> None:
     """Runs a test with a connection through a proxy to somebody who echoes."""
 
-    async def echo(stream: trio.SocketStream) -> None:
-        async for data in stream:
-            await stream.send_all(data)
-
     async def main() -> None:
         with trio.fail_after(DEADLINE_S):
             async with trio.open_nursery() as nursery:
                 (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-                nursery.start_soon(trio.serve_listeners, echo, [listener])
+                nursery.start_soon(trio.serve_listeners, _echo, [listener])
                 proxy = await Proxy(nursery, Random(1), quality).open()
                 proxy.to(listener.socket.getsockname()[1])
                 async with await trio.open_tcp_stream("127.0.0.1", parse(proxy.addr).port) as near:
@@ -34,6 +32,11 @@ def over(quality: Quality, test: Callable[[Proxy, trio.SocketStream], Awaitable[
                 nursery.cancel_scope.cancel()
 
     trio.run(main)
+
+
+async def _echo(stream: trio.SocketStream) -> None:
+    async for data in stream:
+        await stream.send_all(data)
 
 
 async def there_and_back(stream: trio.SocketStream, data: bytes) -> float:
@@ -114,3 +117,31 @@ def test_an_end_and_a_reset_are_passed_on() -> None:
             assert await other.receive_some() == b""
 
     over(PERFECT, test)
+
+
+def test_proxies_in_a_process_of_their_own_do_what_they_are_told() -> None:
+    async def main() -> None:
+        told: queue.Queue[str] = queue.Queue()
+        say, said = trio.open_memory_channel[str](10)
+        with trio.fail_after(DEADLINE_S):
+            async with trio.open_nursery() as others:
+                (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+                others.start_soon(trio.serve_listeners, _echo, [listener])
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(serve, 2, told.get, say.send_nowait)
+                    await drive(told, said, listener.socket.getsockname()[1])
+                others.cancel_scope.cancel()
+
+    async def drive(
+        told: queue.Queue[str], said: trio.MemoryReceiveChannel[str], target: int
+    ) -> None:
+        ports = json.loads(await said.receive())["ports"]
+        assert len(set(ports)) == 2
+        told.put(json.dumps({"to": {"1": target}, "delay_s": 0.04}))
+        assert json.loads(await said.receive()) == {}
+        async with await trio.open_tcp_stream("127.0.0.1", ports[1]) as near:
+            await there_and_back(near, b"first")
+            assert await there_and_back(near, b"second") >= 0.08
+        told.put("")  # its driver is gone: it ends, or this never does
+
+    trio.run(main)

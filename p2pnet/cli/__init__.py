@@ -16,8 +16,10 @@ from p2pnet.cli.demo import demo
 from p2pnet.cli.dht import dht
 from p2pnet.cli.events import events, trace
 from p2pnet.cli.explain import explain
+from p2pnet.cli.generate import generate
+from p2pnet.cli.infer import infer
 from p2pnet.cli.join import join
-from p2pnet.cli.networks import cancel, export, infer, submit, train
+from p2pnet.cli.networks import cancel, export, submit, train
 from p2pnet.cli.options import Debug
 from p2pnet.cli.plan import plan
 from p2pnet.cli.service import service
@@ -60,6 +62,7 @@ for command in (
     trace,
     train,
     infer,
+    generate,
     export,
     cancel,
     drain,

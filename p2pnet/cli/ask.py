@@ -50,7 +50,7 @@ def whereis(name: str, data_dir: Path, bootstrap: tuple[str, ...], as_json: bool
     for row in rows:
         click.echo(
             f"{row['vnode']:16} {row['peer_id']}  epoch {row['epoch']}, "
-            f"for {row['expires_in_s']:.0f} s"
+            f"for {row['expires_in_s']:.0f} s" + (", standby" if row["role"] == "standby" else "")
         )
 
 
@@ -73,8 +73,16 @@ def status(name: str, data_dir: Path, bootstrap: tuple[str, ...], as_json: bool)
     )
     if shown["detail"]:
         click.echo(f"  {shown['detail']}")
+    parts, clip, late = shown["micro_batches"], shown["clip_norm"], shown["staleness"]
+    click.echo(
+        f"  learning {shown['learning']}, {parts} micro-batch{'es' if parts > 1 else ''} a step"
+        + (f", gradients clipped to {clip:g}" if clip else "")
+        + (f", weights up to {late} steps old" if late else "")
+    )
     for vnode in shown["vnodes"]:
         click.echo(f"  {vnode['vnode']:16} {vnode['peer_id']}  step {vnode['step']}")
+        for standby in vnode["standbys"]:
+            click.echo(f"  {'':16} {standby}  standby")
     for move in shown["relocations"]:
         click.echo(f"  moved: {move['vnode']} to {move['to']}: {move['reason']}")
 

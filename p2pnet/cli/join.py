@@ -15,6 +15,7 @@ import click
 from p2pnet.cli.options import Parsed, data_dir_option, print_json
 from p2pnet.errors import root_of
 from p2pnet.units import parse_size
+from p2pnet.vnode.devices import CPU, parse_device
 
 
 @click.command()
@@ -42,6 +43,20 @@ from p2pnet.units import parse_size
 )
 @click.option("--cpus", type=click.FloatRange(0.1), help="CPUs to lend. Default: all.")
 @click.option(
+    "--threads",
+    type=click.IntRange(1, 256),
+    default=1,
+    show_default=True,
+    help="Threads within one operation. The same on all nodes, or results differ in last bits.",
+)
+@click.option(
+    "--device",
+    type=Parsed("device", parse_device),
+    default="auto",
+    show_default="a GPU where torch can use one",
+    help="What to compute on: auto, cpu, cuda or cuda:N.",
+)
+@click.option(
     "--state",
     "state_url",
     default="",
@@ -68,6 +83,8 @@ def join(
     data_dir: Path,
     memory: int | None,
     cpus: float | None,
+    threads: int,
+    device: str,
     state_url: str,
     service: str,
     kad_protocol: str | None,
@@ -96,6 +113,8 @@ def join(
         grpc_port=grpc_port,
         bootstrap=peers.addrs,
         cpus=cpus,
+        threads=threads,
+        device=device,
         memory_bytes=memory,
         kad_protocol=kad_protocol or KAD_PROTOCOL,
         state_url=state_url,
@@ -113,6 +132,7 @@ def join(
                     "grpc": info.grpc,
                     "data_dir": info.data_dir,
                     "new_network": info.starts_new_network,
+                    "device": info.device,
                     "service": info.service,
                 }
             )
@@ -121,6 +141,8 @@ def join(
         click.echo(f"This machine is PNode {info.peer_id} ({short(info.peer_id)}).")
         if info.starts_new_network:
             click.echo("There is no peer to start from, so this is the first one of a new network.")
+        if info.device != CPU:
+            click.echo(f"It computes on {info.device}.")
         click.echo(_scope(info.service))
         click.echo("Others can join with:")
         for addr in info.addrs:

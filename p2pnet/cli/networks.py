@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from p2pnet.cli.options import Parsed, client_options, connect, print_json
+from p2pnet.errors import UsageError
 from p2pnet.units import parse_duration
+
+if TYPE_CHECKING:
+    from p2pnet.vnode.graph import CompiledGraph
+    from p2pnet.vnode.tensors import Array
 
 
 @click.command()
@@ -78,7 +82,8 @@ def submit(
 @click.argument("name")
 @click.option(
     "--data", "ref", required=True, metavar="REF",
-    help="digits:train, digits:test, or file:///path.npz or .safetensors.",
+    help="digits:train or :test; file:///path.npz or .safetensors; for a language model "
+    "text:FILE, python-reference:train or :test.",
 )  # fmt: skip
 @click.option("--epochs", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1, 1024), default=32, show_default=True)
@@ -95,15 +100,17 @@ def train(
     as_json: bool,
 ) -> None:
     """Train a network that was submitted."""
-    from p2pnet.data.datasets import batches, open_data
+    from p2pnet.data.datasets import batches
 
-    x, y = open_data(ref)
+    data = _Data(ref)
     with connect(data_dir, bootstrap) as client:
         network = client.network(name)
-        progress = _Progress(None if as_json else -(-len(x) // batch_size) * epochs)
+        x, y = data.samples(network.graph)
+        smallest = network.graph.micro_batches
+        progress = _Progress(None if as_json else _steps(len(x), batch_size, smallest) * epochs)
         with progress:
             network.train(
-                lambda epoch: batches(x, y, batch_size, seed, epoch),
+                lambda epoch: batches(x, y, batch_size, seed, epoch, smallest=smallest),
                 epochs=epochs,
                 on_step=progress.step,
                 on_epoch=print_json if as_json else progress.epoch,
@@ -121,40 +128,6 @@ def train(
         print_json(done)
     else:
         click.echo(f"Done after step {done['steps']}. Model digest {done['model_digest']}.")
-
-
-@click.command()
-@click.argument("name")
-@click.option(
-    "--input", "source", required=True, type=click.Path(dir_okay=False, path_type=Path),
-    help="A .npy file, samples first.",
-)  # fmt: skip
-@click.option(
-    "--output", required=True, type=click.Path(dir_okay=False, path_type=Path),
-    help="The .npy file to write.",
-)  # fmt: skip
-@client_options
-def infer(
-    name: str,
-    source: Path,
-    output: Path,
-    data_dir: Path,
-    bootstrap: tuple[str, ...],
-    as_json: bool,
-) -> None:
-    """Run a network forward on a file of samples."""
-    from p2pnet.data.arrays import read_npy, write_npy
-
-    x = read_npy(source)
-    with connect(data_dir, bootstrap) as client:
-        started = time.monotonic()
-        result = client.network(name)(x)
-        seconds = time.monotonic() - started
-    write_npy(output, result)
-    if as_json:
-        print_json({"shape": list(result.shape), "seconds": seconds})
-    else:
-        click.echo(f"{len(result)} samples in {seconds:.2f} s, written to {output}.")
 
 
 @click.command()
@@ -201,6 +174,38 @@ def cancel(
         click.echo(
             f"{info.name} ({info.network_id}) is closed: nobody hosts or trains it any more."
         )
+
+
+class _Data:
+    """What `--data` names. What is wrong with it by itself is said before anybody is asked."""
+
+    def __init__(self, ref: str) -> None:
+        from p2pnet.data.corpora import is_text, open_text
+        from p2pnet.data.datasets import open_data
+
+        self._tokens = open_text(ref) if is_text(ref) else None
+        self._samples = None if is_text(ref) else open_data(ref)
+
+    def samples(self, graph: CompiledGraph) -> tuple[Array, Array]:
+        """For that network; raises UsageError where it is a text and the network takes none."""
+        from p2pnet.data.corpora import samples
+
+        if self._samples is not None:
+            return self._samples
+        assert self._tokens is not None
+        specs = list(graph.inputs.values())
+        if len(specs) != 1 or specs[0].dtype != "int64" or len(specs[0].shape) != 1:
+            raise UsageError(
+                f"{graph.name} is no language model: a text needs a network with one input of "
+                "tokens, int64[length]"
+            )
+        return samples(self._tokens, specs[0].shape[0])
+
+
+def _steps(samples: int, batch_size: int, smallest: int) -> int:
+    """In an epoch, where a last batch that is too small is left out."""
+    whole, rest = divmod(samples, batch_size)
+    return whole * (batch_size >= smallest) + (rest >= smallest)
 
 
 class _Progress:

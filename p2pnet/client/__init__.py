@@ -6,23 +6,27 @@ with p2pnet.Client(bootstrap="bootstrap_peers.txt") as client:
     net.train(loader, epochs=3)
     y = net(x)
 
+`AsyncClient` is the same for programs with `async`.
+
 What is named here is loaded at first use, so that the simulator can have the run's core
 without the rest.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from p2pnet.client.aio import AsyncClient, AsyncNetwork
     from p2pnet.client.api import Client, Network
 
-__all__ = ["Client", "Network"]
+__all__ = ["AsyncClient", "AsyncNetwork", "Client", "Network"]
+
+_MODULES = {"AsyncClient": "aio", "AsyncNetwork": "aio", "Client": "api", "Network": "api"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from p2pnet.client import api
-
-        return getattr(api, name)
+    if name in _MODULES:
+        return getattr(import_module(f"p2pnet.client.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'p2pnet.client' has no attribute {name!r}")

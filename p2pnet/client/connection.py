@@ -16,7 +16,9 @@ from p2pnet.errors import UnreachableError, UsageError
 from p2pnet.keys import KeyPair, short
 from p2pnet.net.channel import Stream, unix_channel
 from p2pnet.net.dialer import PeerContact, TcpDialer
-from p2pnet.v1 import control_pb2, gossip_pb2
+from p2pnet.net.hop_frames import Buffer, Request
+from p2pnet.v1 import control_pb2, gossip_pb2, vnode_pb2
+from p2pnet.vnode.hops_shell import Hops
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +37,12 @@ class Connection:
     def __init__(self, socket: Path) -> None:
         self._control = unix_channel(socket)
         self._dialer = TcpDialer(KeyPair.from_seed(os.urandom(32)))
+        self._hops = Hops(self._dialer)
         self._contacts: dict[str, PeerContact] = {}
 
     async def close(self) -> None:
         """Ends every connection."""
+        await self._hops.close()
         await self._dialer.close()
         await self._control.close()
 
@@ -116,6 +120,21 @@ class Connection:
             )
         except UnreachableError:
             self._contacts.pop(peer_id, None)  # it may have come back elsewhere
+            raise
+
+    async def hop(
+        self, peer_id: str, request: Request, payload: Buffer | None, *, timeout_s: float
+    ) -> tuple[vnode_pb2.HopReply, memoryview | None]:
+        """A tensor to a VNode, or a word, over the one stream to its host; its reply.
+
+        Raises:
+            UnreachableError: the host is not reached, or not in time.
+        """
+        contact = await self.contact(peer_id)
+        try:
+            return await self._hops.hop(contact, request, payload, timeout_s=timeout_s)
+        except UnreachableError:
+            self._contacts.pop(peer_id, None)
             raise
 
     async def stream(

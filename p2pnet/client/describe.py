@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from p2pnet.v1 import control_pb2, gossip_pb2, orchestrator_pb2
+from p2pnet.vnode.graph import CompiledGraph
 
 
 def member_json(row: control_pb2.MemberRow) -> dict[str, Any]:
@@ -21,6 +22,8 @@ def member_json(row: control_pb2.MemberRow) -> dict[str, Any]:
             "memory_used_bytes": lent.memory_used_bytes,
             "arch": lent.arch,
             "devices": list(lent.devices),
+            "device": lent.device,
+            "threads": lent.threads,
             "matmul_gflops": lent.matmul_gflops,
             "hosting": lent.hosting,
         },
@@ -44,15 +47,23 @@ def where_json(row: control_pb2.WhereIsRow) -> dict[str, Any]:
 
 
 def status_json(reply: orchestrator_pb2.StatusReply) -> dict[str, Any]:
-    """A network as `p2pnet status --json` prints it."""
-    hosted = {vnode.vnode: vnode for vnode in reply.vnodes}
+    """A network as `p2pnet status --json` prints it; MalformedError for no graph in the reply."""
+    graph = CompiledGraph.from_json(reply.graph)
+    hosted = {vnode.vnode: vnode for vnode in reply.vnodes if not vnode.standby}
+    standbys: dict[str, list[str]] = {}
+    for location in reply.locations:
+        if location.standby:
+            standbys.setdefault(location.vnode, []).append(location.host)
     vnodes = []
     for location in reply.locations:
+        if location.standby:
+            continue
         health = hosted.get(location.vnode)
         vnodes.append(
             {
                 "vnode": location.vnode,
                 "peer_id": location.host,
+                "standbys": standbys.get(location.vnode, []),
                 "epoch": location.epoch,
                 "step": health.step if health else 0,
                 "instantiated": bool(health and health.instantiated),
@@ -68,6 +79,11 @@ def status_json(reply: orchestrator_pb2.StatusReply) -> dict[str, Any]:
         "step": reply.step,
         "committed_step": reply.committed_step,
         "orchestrator": reply.orchestrator,
+        "learning": graph.learning,
+        "micro_batches": graph.micro_batches,
+        "staleness": graph.staleness,
+        "clip_norm": graph.clip_norm,
+        "replicas": graph.replicas,
         "vnodes": vnodes,
         "relocations": [
             {

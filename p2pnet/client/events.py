@@ -27,7 +27,7 @@ class Batch:
 class StepResult:
     """A decided step. The loss is the mean over `samples`; `correct` counts classifications.
 
-    Where not `known`, the step is committed, but its result was lost with an
+    Where not `known`, the step counts, but its result was lost on its way or with an
     orchestrator: the loss is NaN, and `samples` is 0.
     """
 
@@ -80,6 +80,18 @@ class StreamEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class Pace:
+    """What the graph asks of its feeder. After `Started`, before the first batch.
+
+    `window`: how many steps may be out at a time, from 1; `norms`: of how many decided
+    steps the VNodes want the gradients' norms, 0 where nothing is clipped.
+    """
+
+    window: int
+    norms: int
+
+
+@dataclass(frozen=True, slots=True)
 class BatchGiven:
     """The next step's batch. Not before `Started`, and not while the core is `full`."""
 
@@ -93,7 +105,7 @@ class NoMore:
 
 @dataclass(frozen=True, slots=True)
 class FeedFailed:
-    """A host was not reached, or has refused a batch.
+    """A host was not reached, or has refused a batch or a decision that `step` waits for.
 
     `newer_epoch`: of which it says that it has begun; 0: it says nothing of the kind.
     """
@@ -106,7 +118,7 @@ class FeedFailed:
 
 
 Event = (
-    OrchestratorFound | NotFound | StreamOpened | Told | StreamEnded | BatchGiven | NoMore
+    OrchestratorFound | NotFound | StreamOpened | Told | StreamEnded | Pace | BatchGiven | NoMore
     | FeedFailed | Tick
 )  # fmt: skip
 
@@ -147,20 +159,33 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class FeedStep:
-    """Send a batch to the VNodes that read it; whatever is still being fed is out of date.
+    """Send a batch to the VNodes that read it, after those of the steps before.
 
-    Every step before this one is decided.
+    Every step up to `decided_step` is decided: what is still being fed of those, or of
+    another epoch, is out of date. `norms`: see `vnode.proto`, `TrainRequest`.
     """
 
     epoch: int
     step: int
     batch: Batch
     locations: Mapping[str, str]  # VNode -> host
+    decided_step: int
+    norms: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TellDecided:
+    """Say that steps are decided to the hosts that batches go to: no batch is going there now."""
+
+    epoch: int
+    step: int
+    locations: Mapping[str, str]
+    norms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The network can be trained: batches are welcome. `step` is the last committed one."""
+    """The network can be trained: batches are welcome, from the one after `step` on."""
 
     step: int
     graph: bytes
@@ -202,6 +227,6 @@ class GiveUp:
 
 
 Effect = (
-    FindOrchestrator | OpenStream | CloseStream | Send | FeedStep | Started | Deliver | Recovery
-    | Say | Finished | GiveUp
+    FindOrchestrator | OpenStream | CloseStream | Send | FeedStep | TellDecided | Started
+    | Deliver | Recovery | Say | Finished | GiveUp
 )  # fmt: skip

@@ -1,9 +1,9 @@
 """One training run, as the process that feeds the batches decides it. A pure core (DESIGN D11).
 
 Batches go to the VNodes; step numbers and results come from the orchestrator, whoever that is
-at the time (`p2pnet.client.link`). A batch is held until a commit covers its step, so that
-after a failure the steps since can be done again. Whoever waits for a step waits a little
-longer and notices nothing else.
+at the time (`p2pnet.client.link`). Several steps may be out at a time, as many as the network
+can use. A batch is held until a commit covers its step, so that after a failure the steps since
+can be done again. Whoever waits for a step waits a little longer and notices nothing else.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from p2pnet.client.events import (
     NoMore,
     NotFound,
     OrchestratorFound,
+    Pace,
     Recovery,
     Say,
     Send,
@@ -31,19 +32,27 @@ from p2pnet.client.events import (
     StepResult,
     StreamEnded,
     StreamOpened,
+    TellDecided,
     Told,
 )
 from p2pnet.client.link import LOOK_FURTHER, REASON_CHARS_MAX, SAY_S, Link
-from p2pnet.errors import P2PNetError, RefusedError, UnreachableError, UsageError
+from p2pnet.errors import (
+    P2PNetError,
+    RefusedError,
+    RolledBackError,
+    UnreachableError,
+    UsageError,
+)
 from p2pnet.v1 import common_pb2
 from p2pnet.v1 import orchestrator_pb2 as pb
 
 STALL_S = 20.0  # without a word after a batch went out: ask the orchestrator to look.
 STALL_MAX_S = 160.0  # It doubles each time: what it does about it may take longer than this.
-RESULT_S = 2.0  # for the result of a step that was committed unheard
+RESULT_S = 2.0  # for the results of steps that were decided unheard
 RECOVERIES_QUIET = 3  # between two commits; more are worth a word
 HELD_STEPS_MAX = 4096
 HELD_BYTES_MAX = 1 << 30
+NORMS_MAX = 9
 
 
 class Feed:
@@ -58,7 +67,7 @@ class Feed:
         self._name = name
         self._link = Link(name)
         self._greeted = 0  # the stream that was told what we want
-        # committed <= decided <= fed <= last, and delivered is at most one behind committed
+        # committed <= decided <= out <= last; decided and delivered <= fed <= last
         self._started = False
         self._held: dict[int, Batch] = {}  # of the steps after `committed`
         self._held_bytes = 0
@@ -67,11 +76,15 @@ class Feed:
         self._delivered = 0
         self._fed = 0  # the newest step that ever went out
         self._last = 0  # the newest step that there is a batch for
-        self._out = 0  # the step that is out in this epoch; 0: none
-        self._out_since = 0.0
+        self._out = 0  # the newest step that is out in this epoch; `decided`, where none is
+        self._window = 1  # how many are out at most
+        self._since = 0.0  # the last decision, or when a step went out while none was
+        self._told_step = 0  # the newest decided step that hosts were told of in this epoch
+        self._norms: tuple[float, ...] = ()  # of the last decided steps
+        self._norms_kept = 0
         self._stall_s = STALL_S
         self._locations: dict[str, str] = {}
-        self._unheard_by: float | None = None  # a committed step's result is awaited until then
+        self._unheard_by: float | None = None  # results of decided steps are awaited until then
         self._ending = False
         self._pausing_since: float | None = None  # all that is held is to be committed first
         self._said_pause = False
@@ -97,7 +110,7 @@ class Feed:
             self._take(event, now, effects)
             if not self.over:
                 self._advance(now, effects)
-        except (UsageError, UnreachableError, RefusedError) as error:
+        except (UsageError, UnreachableError, RefusedError, RolledBackError) as error:
             self._give_up(error, now, effects)
         return effects
 
@@ -108,8 +121,8 @@ class Feed:
         times = self._link.deadlines()
         if self._unheard_by is not None:
             times.append(self._unheard_by)
-        if self._out:
-            times.append(self._out_since + self._stall_s)
+        if self._out > self._decided:
+            times.append(self._since + self._stall_s)
         if self._pausing_since is not None and not self._said_pause:
             times.append(self._pausing_since + SAY_S)
         return min(times, default=None)
@@ -119,10 +132,12 @@ class Feed:
         assert list(self._held) == list(range(self._committed + 1, self._last + 1))
         assert self._held_bytes == sum(batch.size_bytes for batch in self._held.values())
         assert self._committed <= self._decided <= self._fed <= self._last
-        assert self._committed - 1 <= self._delivered <= self._fed
-        assert (self._delivered < self._committed) == (self._unheard_by is not None)
-        assert self._out in (0, self._decided + 1)
-        assert self._link.ready or not self._out
+        assert self._delivered <= self._fed
+        assert (self._delivered < self._decided) == (self._unheard_by is not None)
+        assert self._decided <= self._out <= min(self._fed, self._decided + self._window)
+        assert self._link.ready or self._out == self._decided
+        assert self.over or not self._link.ready or self._told_step == self._decided
+        assert len(self._norms) <= NORMS_MAX
         assert self._link.up or not self._link.ready
 
     # Events
@@ -140,6 +155,9 @@ class Feed:
                 self._told(event.event, now, effects)
             case StreamEnded() if link.up and event.stream == link.stream:
                 link.lost(event.reason, now)
+            case Pace():
+                self._window = max(self._window, event.window)
+                self._norms_kept = min(event.norms, NORMS_MAX)
             case BatchGiven():
                 assert self._started
                 assert not self.full
@@ -152,14 +170,17 @@ class Feed:
                 if not self._ending:
                     self._ending = True
                     self._say_end(effects)
-            case FeedFailed() if event.epoch == link.epoch and self._out == event.step:
-                self._complain(event.host, event.reason, effects)
+            case FeedFailed() if event.epoch == link.epoch and self._is_out(event.step):
+                self._complain(event.step, event.host, event.reason, effects)
                 if event.newer_epoch > link.epoch:
                     link.hint(now)
             case _:
                 pass  # late, or a Tick
         if not link.ready:
-            self._out, self._pausing_since = 0, None
+            self._out, self._pausing_since = self._decided, None
+
+    def _is_out(self, step: int) -> bool:
+        return self._decided < step <= self._out
 
     def _told(self, event: pb.TrainEvent, now: float, effects: list[Effect]) -> None:
         what = event.WhichOneof("what")
@@ -170,7 +191,7 @@ class Feed:
         if what == "ready":
             self._resume(event.ready, now, effects)
         elif what == "decided":
-            self._step_decided(event.decided, effects)
+            self._step_decided(event.decided, now, effects)
         elif what == "committed":
             self._commit(min(event.committed.step, self._decided), effects)
         elif what == "uncommitted":
@@ -196,8 +217,11 @@ class Feed:
             raise RefusedError(detail, code=refusal.code)
 
     def _resume(self, ready: pb.TrainReady, now: float, effects: list[Effect]) -> None:
-        """From the commit at `ready.step`: what came after it is done again."""
-        epoch, why, step = self._link.epoch, self._link.why, ready.step
+        """From the step that the network is at: what came after it is done again.
+
+        That is a committed one, or a later one that all VNodes still have (`live_step`).
+        """
+        epoch, why, step = self._link.epoch, self._link.why, max(ready.step, ready.live_step)
         if not self._link.accept(ready.epoch, now, effects):
             return
         if not self._started:
@@ -207,42 +231,52 @@ class Feed:
         elif ready.epoch > epoch and not self._told_why:
             self._recover(why, effects)
         if step < self._committed:
-            raise RefusedError(
-                f"the network went back to step {step}, and batch {step + 1} is not kept any more"
+            raise RolledBackError(
+                f"the states of {self._name}'s last commit are lost, and it went back to step "
+                f"{step}: feed it again from batch {step + 1}, which is not kept any more",
+                step=step + 1,
             )
-        if step > min(self._fed, self._delivered + 1):
+        if step > self._fed:
             raise RefusedError(
                 f"somebody else has trained {self._name} meanwhile: it is at step {step}, and "
                 f"this run was at {self._delivered}"
             )
-        self._locations = {location.vnode: location.host for location in ready.locations}
+        self._locations = {
+            location.vnode: location.host for location in ready.locations if not location.standby
+        }
         self._told_why = False
-        self._decided, self._out = step, 0
-        if step > self._delivered:  # committed, and its result is still to come
-            self._unheard_by = now + RESULT_S
-        self._commit(step, effects)
+        self._decided = self._out = self._told_step = step
+        self._norms = tuple(ready.norms[-NORMS_MAX:])
+        self._unheard_by = now + RESULT_S if step > self._delivered else None
+        self._commit(ready.step, effects)
 
-    def _step_decided(self, decided: pb.StepDecided, effects: list[Effect]) -> None:
+    def _step_decided(self, decided: pb.StepDecided, now: float, effects: list[Effect]) -> None:
+        step = decided.step
         if not self._link.ready or decided.epoch != self._link.epoch:
             return
-        result = StepResult(decided.step, decided.loss, decided.correct, decided.samples)
-        if decided.step == self._decided == self._delivered + 1:
-            self._deliver(result, effects)  # it was committed before, and is told again
-        elif decided.step == self._out:
+        result = StepResult(step, decided.loss, decided.correct, decided.samples)
+        if self._delivered < step <= self._decided:  # it was decided before, and is told again
+            self._deliver(result, effects)
+        elif step == self._decided + 1 and self._is_out(step):
             self._deliver_unheard(effects)
-            self._decided, self._out = decided.step, 0
-            if decided.step > self._delivered:
+            self._decided, self._since = step, now
+            if self._norms_kept:
+                self._norms = (*self._norms, decided.norm)[-self._norms_kept :]
+            if step > self._delivered:
                 self._deliver(result, effects)
 
     def _deliver(self, result: StepResult, effects: list[Effect]) -> None:
+        """With those before that are lost: results come in order."""
+        for step in range(self._delivered + 1, result.step):
+            effects.append(Deliver(_lost(step)))
         self._delivered = result.step
-        self._unheard_by = None
         effects.append(Deliver(result))
+        if self._delivered >= self._decided:
+            self._unheard_by = None
 
     def _deliver_unheard(self, effects: list[Effect]) -> None:
         if self._unheard_by is not None:
-            lost = StepResult(self._delivered + 1, math.nan, 0, 0, known=False)
-            self._deliver(lost, effects)
+            self._deliver(_lost(self._decided), effects)
 
     def _commit(self, step: int, effects: list[Effect]) -> None:
         if step <= self._committed:
@@ -292,16 +326,18 @@ class Feed:
         link = self._link
         if self._unheard_by is not None and now >= self._unheard_by:
             self._deliver_unheard(effects)
-        if self._out and now >= self._out_since + self._stall_s:
-            self._complain("", f"nothing was decided for {self._stall_s:g} s", effects)
-            self._out_since = now
+        is_out = self._out > self._decided
+        if is_out and now >= self._since + self._stall_s:
+            reason = f"nothing was decided for {self._stall_s:g} s"
+            self._complain(self._decided + 1, "", reason, effects)
+            self._since = now
             self._stall_s = min(2 * self._stall_s, STALL_MAX_S)
-        if link.ready and not self._out and self._decided < self._last:
-            self._feed(self._decided + 1, now, effects)
+        if link.ready:
+            self._feed(now, effects)
         if link.ready and self.full and self._decided == self._last and not self._ending:
             self._pause(now, effects)
-        waiting = not link.ready or self._out or self._ending or self._pausing_since is not None
-        link.tick(bool(waiting), now, effects)
+        waiting = self._out > self._decided or self._ending or self._pausing_since is not None
+        link.tick(waiting or not link.ready, now, effects)
         if link.up and self._greeted != link.stream:
             self._greeted = link.stream
             held = min(self._held, default=0)
@@ -309,10 +345,20 @@ class Feed:
             effects.append(Send(link.stream, pb.TrainCommand(begin=begin)))
             self._say_end(effects)
 
-    def _feed(self, step: int, now: float, effects: list[Effect]) -> None:
-        self._out, self._out_since = step, now
-        self._fed = max(self._fed, step)
-        effects.append(FeedStep(self._link.epoch, step, self._held[step], self._locations))
+    def _feed(self, now: float, effects: list[Effect]) -> None:
+        """As many steps as may be out; what is decided rides on them, or goes alone."""
+        epoch, decided = self._link.epoch, self._decided
+        if self._out == decided:
+            self._since = now
+        while self._out < min(self._last, decided + self._window):
+            self._out += 1
+            self._fed = max(self._fed, self._out)
+            self._told_step = decided
+            batch = self._held[self._out]
+            effects.append(FeedStep(epoch, self._out, batch, self._locations, decided, self._norms))
+        if self._told_step < decided:
+            self._told_step = decided
+            effects.append(TellDecided(epoch, decided, self._locations, self._norms))
 
     def _pause(self, now: float, effects: list[Effect]) -> None:
         """As if this were the end, so that all that is held is committed; then a run follows."""
@@ -336,15 +382,19 @@ class Feed:
         end = pb.TrainEnd(last_step=self._last)
         effects.append(Send(self._link.stream, pb.TrainCommand(end=end)))
 
-    def _complain(self, host: str, reason: str, effects: list[Effect]) -> None:
+    def _complain(self, step: int, host: str, reason: str, effects: list[Effect]) -> None:
         failed = pb.TrainFailed(
-            epoch=self._link.epoch, step=self._out, host=host, reason=reason[:REASON_CHARS_MAX]
+            epoch=self._link.epoch, step=step, host=host, reason=reason[:REASON_CHARS_MAX]
         )
         effects.append(Send(self._link.stream, pb.TrainCommand(failed=failed)))
 
     def _give_up(self, error: P2PNetError, now: float, effects: list[Effect]) -> None:
         self.over = True
-        self._out = 0
+        self._out = self._decided
         if self._link.up:
             self._link.hang_up(str(error), now, effects)
         effects.append(GiveUp(error))
+
+
+def _lost(step: int) -> StepResult:
+    return StepResult(step, math.nan, 0, 0, known=False)

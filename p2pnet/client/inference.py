@@ -1,174 +1,169 @@
-"""A shell: forward passes from a client.
+"""A shell: a network's outputs for many samples, chunk by chunk, as they come.
 
-A host that has a VNode no longer says where it went, and under which epoch, and the
-pass goes there. What fails otherwise is located anew and tried again.
+Chunks are under way several at a time and are given out in order. One that fails is tried
+again while any of them come through; what cannot be had is said, and the rest goes on.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TypeVar
+from collections import deque
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
 
 import numpy as np
 
 from p2pnet.client.batches import fitted
 from p2pnet.client.connection import Patience
+from p2pnet.client.passes import Astray, Passes
 from p2pnet.client.session import NetworkInfo, Session
-from p2pnet.errors import NotFoundError, RefusedError, UnreachableError, root_of
-from p2pnet.v1 import common_pb2, vnode_pb2
+from p2pnet.errors import NotFoundError, RefusedError, UnreachableError, UsageError
 from p2pnet.vnode.graph import CompiledGraph
-from p2pnet.vnode.tensors import Array, decode, encode
+from p2pnet.vnode.tensors import Array
 
 CHUNK_SAMPLES = 256
 CHUNKS_AT_ONCE = 4
-HOP_TIMEOUT_S = 5.0
-OUTPUT_TIMEOUT_S = 15.0
-GIVE_UP_S = 60.0
-REDIRECTS_MAX = 4
-BUSY_PAUSE_S = 0.05
-
-ReplyT = TypeVar("ReplyT", vnode_pb2.HopReply, vnode_pb2.CollectReply)
-Places = dict[str, tuple[str, int]]  # VNode -> (host's peer id, epoch)
-_ELSEWHERE = (
-    common_pb2.REFUSAL_CODE_STALE_EPOCH,
-    common_pb2.REFUSAL_CODE_NOT_HOSTED,
-    common_pb2.REFUSAL_CODE_LEASE_EXPIRED,
-)
+GIVE_UP_S = 60.0  # without any chunk coming through
+SPLITS_MAX = 64  # of refused chunks, to find the samples that are the matter
 
 
-class _Moved(Exception):
-    """A VNode is not where we thought it was."""
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Outputs of some samples; `first` is the first one's index."""
+
+    first: int
+    output: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Samples `first` to `last` whose output could not be had, and why; where, if known."""
+
+    first: int
+    last: int
+    reason: str
+    vnode: str
+    host: str
+
+    def __str__(self) -> str:
+        if self.first == self.last:
+            return f"sample {self.first} is missing: {self.reason}"
+        return f"samples {self.first} to {self.last} are missing: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What has come of all samples; the rows of those missing are NaN."""
+
+    output: Array
+    missing: tuple[Missing, ...]
 
 
 async def infer(
     session: Session, network: NetworkInfo, graph: CompiledGraph, inputs: Mapping[str, Array]
-) -> Array:
-    """The network's output for a batch; samples first.
+) -> AsyncGenerator[Chunk | Missing, None]:
+    """The network's outputs for a batch of any size, samples first: in order, as they come.
 
     Raises:
-        UsageError: inputs of a wrong shape or dtype.
-        RemoteError: the network does not answer for too long.
+        UsageError: inputs of a wrong shape or dtype, or the local node is gone.
     """
+    arrays = _checked(graph, inputs)
+    samples = len(next(iter(arrays.values())))
+    step = min(CHUNK_SAMPLES, graph.batch_max)
+    work = _Work(Passes(session, network, graph), graph, arrays)
+    todo = deque(range(0, samples, step))
+    running: deque[asyncio.Task[list[Chunk | Missing]]] = deque()
+    try:
+        while todo or running:
+            while todo and len(running) < CHUNKS_AT_ONCE:
+                first = todo.popleft()
+                running.append(asyncio.create_task(work.get(first, min(first + step, samples))))
+            for item in await running[0]:
+                yield item
+            running.popleft()
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+async def infer_all(
+    session: Session, network: NetworkInfo, graph: CompiledGraph, inputs: Mapping[str, Array]
+) -> Outcome:
+    """The same at once: every row that could be had, and which could not. Raises as `infer`."""
+    arrays = _checked(graph, inputs)
+    spec = graph.tensor(graph.output)
+    samples = len(next(iter(arrays.values())))
+    outputs = np.full((samples, *spec.shape), np.nan, spec.dtype)
+    missing = []
+    async with aclosing(infer(session, network, graph, inputs)) as items:
+        async for item in items:
+            if isinstance(item, Missing):
+                missing.append(item)
+            else:
+                outputs[item.first : item.first + len(item.output)] = item.output
+    return Outcome(outputs, tuple(missing))
+
+
+def _checked(graph: CompiledGraph, inputs: Mapping[str, Array]) -> dict[str, Array]:
     arrays = {name: fitted(graph, name, array) for name, array in inputs.items()}
     for name in graph.inputs:
         if name not in arrays:
             raise NotFoundError(f"network {graph.name} also needs the input {name!r}")
-    samples = len(next(iter(arrays.values())))
-    if samples == 0:
-        return np.zeros((0, *graph.tensor(graph.output).shape), dtype=np.float32)
-    places = asyncio.Semaphore(CHUNKS_AT_ONCE)
-
-    async def chunk(at: int) -> Array:
-        async with places:
-            part = {name: array[at : at + CHUNK_SAMPLES] for name, array in arrays.items()}
-            return await _until_done(session, network, graph, part)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(chunk(at)) for at in range(0, samples, CHUNK_SAMPLES)]
-    except BaseExceptionGroup as errors:
-        raise root_of(errors) from None
-    return np.concatenate([task.result() for task in tasks])
+    sizes = sorted({len(array) for array in arrays.values()})
+    if len(sizes) != 1:
+        raise UsageError(f"all inputs need as many samples, and these have {sizes}")
+    return arrays
 
 
-async def _until_done(
-    session: Session, network: NetworkInfo, graph: CompiledGraph, inputs: Mapping[str, Array]
-) -> Array:
-    patience = Patience(f"an answer of network {graph.name}", GIVE_UP_S)
-    told: Places = {}  # what hosts have said, which may be newer than what the DHT says
-    while True:
-        try:
-            return await _once(session, network, graph, inputs, told)
-        except (_Moved, UnreachableError, NotFoundError) as error:
-            await patience.wait(error)
+class _Work:
+    """Chunks of one batch."""
+
+    def __init__(self, passes: Passes, graph: CompiledGraph, arrays: Mapping[str, Array]) -> None:
+        self._passes = passes
+        self._graph = graph
+        self._arrays = arrays
+        self._splits = 0
+        self._gone = 0  # chunks that were given up since one came through
+
+    async def get(self, first: int, end: int) -> list[Chunk | Missing]:
+        """The samples from `first` to before `end`."""
+        part = {name: array[first:end] for name, array in self._arrays.items()}
+        # Once one was waited for in vain, the others need not wait as long again.
+        limit_s = 0.0 if self._gone else GIVE_UP_S
+        patience = Patience(f"an answer of network {self._graph.name}", limit_s)
+        while True:
+            try:
+                output = await self._passes.once(part)
+            except RefusedError as error:
+                return await self._find_bad(first, end, error)
+            except Astray as error:
+                try:
+                    await patience.wait(error)
+                except UnreachableError as in_vain:
+                    self._gone += 1
+                    return [Missing(first, end - 1, str(in_vain), error.vnode, error.host)]
+            else:
+                self._gone = 0
+                return [Chunk(first, output)]
+
+    async def _find_bad(self, first: int, end: int, error: RefusedError) -> list[Chunk | Missing]:
+        """Halves what is refused: one bad sample shall not cost the others."""
+        if end - first == 1 or self._splits >= SPLITS_MAX:
+            return [Missing(first, end - 1, str(error), self._graph.output, error.host)]
+        self._splits += 1
+        middle = (first + end) // 2
+        return _joined([*await self.get(first, middle), *await self.get(middle, end)])
 
 
-async def _once(
-    session: Session,
-    network: NetworkInfo,
-    graph: CompiledGraph,
-    inputs: Mapping[str, Array],
-    told: Places,
-) -> Array:
-    places = {row.vnode: (row.peer_id, row.epoch) for row in await session.where_is(network)}
-    for vnode, (host, epoch) in told.items():
-        if vnode not in places or places[vnode][1] < epoch:
-            places[vnode] = (host, epoch)
-    told.clear()  # believed once: whoever is wrong again has to say so again
-    request_id = os.urandom(16)
-
-    async def send(name: str, vnode: str, slot: int, host: str, epoch: int) -> vnode_pb2.HopReply:
-        request = vnode_pb2.ForwardRequest(
-            network_id=network.network_id,
-            epoch=epoch,
-            request_id=request_id,
-            vnode=vnode,
-            source=name,
-            slot=slot,
-            tensor=encode(inputs[name]),
-        )
-        return await session.call(
-            host, "VNode/Forward", request, vnode_pb2.HopReply, timeout_s=HOP_TIMEOUT_S
-        )
-
-    async def feed(name: str, vnode: str, slot: int) -> None:
-        if vnode != graph.loss.id:
-            await _reach(places, told, vnode, lambda *place: send(name, vnode, slot, *place))
-
-    async def collect(host: str, epoch: int) -> vnode_pb2.CollectReply:
-        request = vnode_pb2.CollectRequest(
-            network_id=network.network_id, epoch=epoch, request_id=request_id, vnode=graph.output
-        )
-        return await session.call(
-            host, "VNode/Collect", request, vnode_pb2.CollectReply, timeout_s=OUTPUT_TIMEOUT_S
-        )
-
-    collecting = asyncio.ensure_future(_reach(places, told, graph.output, collect))
-    try:
-        edges = [(name, *end) for name in inputs for end in graph.consumers(name)]
-        await asyncio.gather(*(feed(*edge) for edge in edges))
-        output = await collecting
-    finally:
-        collecting.cancel()
-        await asyncio.gather(collecting, return_exceptions=True)
-    return decode(output.tensor)
-
-
-async def _reach(
-    places: Places, told: Places, vnode: str, call: Callable[[str, int], Awaitable[ReplyT]]
-) -> ReplyT:
-    """The answer of a VNode to a call, made wherever it turns out to live.
-
-    Raises:
-        RefusedError: it is refused for good.
-        _Moved: it is not to be found now.
-    """
-    if vnode not in places:
-        raise _Moved(f"the DHT does not say where {vnode} lives")
-    for _ in range(REDIRECTS_MAX):
-        host, epoch = places[vnode]
-        reply = await call(host, epoch)
-        if not reply.HasField("refusal"):
-            return reply
-        refusal = reply.refusal
-        there = (refusal.host or host, refusal.epoch)
-        if refusal.code == common_pb2.REFUSAL_CODE_BUSY:
-            await asyncio.sleep(BUSY_PAUSE_S)
-        elif refusal.code in _ELSEWHERE and refusal.epoch >= epoch and there != (host, epoch):
-            places[vnode] = told[vnode] = there
+def _joined(items: Sequence[Chunk | Missing]) -> list[Chunk | Missing]:
+    """Neighbours that miss for the same reason are one."""
+    joined: list[Chunk | Missing] = []
+    for item in items:
+        last = joined[-1] if joined else None
+        if isinstance(item, Missing) and isinstance(last, Missing) and last.reason == item.reason:
+            joined[-1] = Missing(last.first, item.last, item.reason, item.vnode, item.host)
         else:
-            _check(reply)
-    raise _Moved(f"where {vnode} lives changes too fast")
-
-
-def _check(reply: vnode_pb2.HopReply | vnode_pb2.CollectReply) -> None:
-    """Raises for a refusal: for good, or until the VNode is found elsewhere."""
-    refusal = reply.refusal
-    if refusal.code in (
-        common_pb2.REFUSAL_CODE_BAD_REQUEST,
-        common_pb2.REFUSAL_CODE_NOT_GRANTED,
-    ):
-        raise RefusedError(refusal.detail, code=refusal.code)
-    raise _Moved(refusal.detail)
+            joined.append(item)
+    return joined

@@ -1,7 +1,7 @@
 """A shell: one training run, as the process that feeds the batches lives it (DESIGN D11).
 
-`p2pnet.client.feed` decides; here are the stream to the orchestrator, the tensors, the
-search for another orchestrator, and those who wait for results.
+`p2pnet.client.feed` decides; here are the stream to the orchestrator, the search for another
+one, and those who wait for results. `p2pnet.client.feeding` sends the batches.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from p2pnet.client.batches import Content, checked
+from p2pnet.client.batches import checked
 from p2pnet.client.events import (
     Batch,
     BatchGiven,
@@ -19,7 +19,6 @@ from p2pnet.client.events import (
     Deliver,
     Effect,
     Event,
-    FeedFailed,
     FeedStep,
     FindOrchestrator,
     Finished,
@@ -28,6 +27,7 @@ from p2pnet.client.events import (
     NotFound,
     OpenStream,
     OrchestratorFound,
+    Pace,
     Recovery,
     Say,
     Send,
@@ -35,9 +35,11 @@ from p2pnet.client.events import (
     StepResult,
     StreamEnded,
     StreamOpened,
+    TellDecided,
     Told,
 )
 from p2pnet.client.feed import Feed
+from p2pnet.client.feeding import Feeding
 from p2pnet.client.session import NetworkInfo, Session
 from p2pnet.core import Tick
 from p2pnet.errors import (
@@ -48,11 +50,9 @@ from p2pnet.errors import (
     RemoteError,
     UsageError,
 )
-from p2pnet.v1 import common_pb2, vnode_pb2
 from p2pnet.v1 import orchestrator_pb2 as pb
-from p2pnet.vnode.draft import TARGET
 from p2pnet.vnode.graph import CompiledGraph
-from p2pnet.vnode.tensors import Array, digest_of, encode
+from p2pnet.vnode.tensors import Array
 
 __all__ = ["StepResult", "TrainingRun"]
 
@@ -60,12 +60,13 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-FEED_TIMEOUT_S = 5.0
 STREAM_TIMEOUT_S = 7 * 24 * 3600.0
 
 
 class TrainingRun:
-    """Feeds batches to a network, one step at a time. Made inside a running loop.
+    """Feeds batches to a network, as many steps at a time as it can use.
+
+    Made inside a running loop.
 
     Args:
         on_notice: told what the person who waits should know; by default it is logged.
@@ -96,7 +97,7 @@ class TrainingRun:
         self._over: asyncio.Future[pb.TrainDone] = loop.create_future()
         self._commands: asyncio.Queue[pb.TrainCommand] = asyncio.Queue()
         self._talking: asyncio.Task[None] | None = None
-        self._feeding: asyncio.Task[None] | None = None
+        self._feeding: Feeding | None = None
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._timer: asyncio.TimerHandle | None = None
         newest = session.newest(network)
@@ -110,6 +111,10 @@ class TrainingRun:
 
     async def step(self, inputs: dict[str, Array], target: Array) -> StepResult:
         """One training step; returns when it is decided."""
+        return await (await self.give(inputs, target))
+
+    async def give(self, inputs: dict[str, Array], target: Array) -> asyncio.Future[StepResult]:
+        """Hands in the next step's batch; the step's result comes when it is decided."""
         graph = await self.start()
         content = checked(graph, inputs, target)
         async with self._turn:
@@ -122,10 +127,7 @@ class TrainingRun:
             result: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
             self._results[step] = result
             self._take(BatchGiven(Batch(content, content.size_bytes)))
-        try:
-            return await self._or_over(result)
-        finally:
-            self._results.pop(step, None)
+        return result
 
     async def finish(self) -> pb.TrainDone:
         """Commits what was trained and ends the run."""
@@ -144,6 +146,8 @@ class TrainingRun:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._feeding is not None:
+            await self._feeding.close()
 
     async def _or_over(self, waited_for: asyncio.Future[T] | Coroutine[Any, Any, T]) -> T:
         """What is waited for, or the error of a run that has ended meanwhile."""
@@ -164,8 +168,12 @@ class TrainingRun:
 
     def _end(self, error: Exception) -> None:
         if not self._over.done():
-            self._over.set_exception(error)
-            self._over.exception()  # it is heard, also where nobody waits
+            futures: list[asyncio.Future[Any]] = [self._over, *self._results.values()]
+            for waiting in futures:
+                if not waiting.done():
+                    waiting.set_exception(error)
+                    waiting.exception()  # it is heard, also where nobody waits
+            self._results.clear()
         if self._timer is not None:
             self._timer.cancel()
 
@@ -196,17 +204,17 @@ class TrainingRun:
             case Send():
                 self._commands.put_nowait(effect.command)
             case FeedStep():
-                if self._feeding is not None:
-                    self._feeding.cancel()  # of an epoch that is over, or done
-                self._feeding = self._spawn(self._feed_step(effect))
+                assert self._feeding is not None
+                self._feeding.feed(effect)
+            case TellDecided():
+                assert self._feeding is not None
+                self._feeding.tell(effect)
             case FindOrchestrator():
                 self._spawn(self._find())
             case Started():
-                self._graph = CompiledGraph.from_json(effect.graph)
-                self._asked = effect.step
-                self._started.set_result(None)
+                self._begin(effect)
             case Deliver():
-                result = self._results.get(effect.result.step)
+                result = self._results.pop(effect.result.step, None)
                 if result is not None and not result.done():
                     result.set_result(effect.result)
             case Recovery():
@@ -217,6 +225,13 @@ class TrainingRun:
                 self._over.set_result(effect.done)
             case GiveUp():
                 self._end(effect.error)
+
+    def _begin(self, started: Started) -> None:
+        graph = CompiledGraph.from_json(started.graph)
+        self._graph, self._asked = graph, started.step
+        self._feeding = Feeding(self._session, self._network, graph, self._take, self._end)
+        self._take(Pace(graph.window, graph.staleness + 1 if graph.clip_norm else 0))
+        self._started.set_result(None)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
@@ -269,52 +284,3 @@ class TrainingRun:
             self._end(error)
         else:
             self._take(OrchestratorFound(found.orchestrator, found.epoch))
-
-    # Feeding
-
-    async def _feed_step(self, out: FeedStep) -> None:
-        assert self._graph is not None
-        content = out.batch.content
-        assert isinstance(content, Content)
-        hops = [
-            self._hop(out, vnode, name, slot, array)
-            for name, array in (*content.inputs.items(), (TARGET, content.target))
-            for vnode, slot in self._graph.consumers(name)
-        ]
-        try:
-            await asyncio.gather(*hops)
-        except P2PNetError as error:  # not of a peer: a bad batch, or our own node is gone
-            self._end(error)
-
-    async def _hop(self, out: FeedStep, vnode: str, name: str, slot: int, array: Array) -> None:
-        host = out.locations.get(vnode, "")
-        request = vnode_pb2.TrainRequest(
-            id=vnode_pb2.StepId(
-                network_id=self._network.network_id, epoch=out.epoch, step=out.step
-            ),
-            vnode=vnode,
-            direction=vnode_pb2.DIRECTION_FORWARD,
-            source=name,
-            slot=slot,
-            tensor=encode(array),
-            decided_step=out.step - 1,
-            tensor_digest=digest_of(array),
-        )
-
-        def failed(reason: str, newer_epoch: int = 0) -> None:
-            self._take(FeedFailed(out.epoch, out.step, host, reason, newer_epoch))
-
-        try:
-            reply = await self._session.call(
-                host, "VNode/Train", request, vnode_pb2.HopReply, timeout_s=FEED_TIMEOUT_S
-            )
-        except RemoteError as error:
-            failed(f"{vnode} cannot be fed: {error}")
-            return
-        refusal = reply.refusal
-        if refusal.code == common_pb2.REFUSAL_CODE_BAD_REQUEST:
-            # whoever hosts it next would say the same
-            raise UsageError(f"network {self._network.name}: {refusal.detail}")
-        if reply.HasField("refusal"):
-            stale = refusal.code == common_pb2.REFUSAL_CODE_STALE_EPOCH
-            failed(f"{vnode} refuses a batch: {refusal.detail}", refusal.epoch if stale else 0)

@@ -37,8 +37,9 @@ def open_data(ref: str) -> tuple[Array, Array]:
         return _digits(ref)
     if not ref.startswith("file:"):
         raise UsageError(
-            f"{ref!r} is no data: write digits:train, digits:test or a file, "
-            "for example file:///srv/data.npz"
+            f"{ref!r} is no data: write digits:train, digits:test, a text (text:FILE, "
+            "python-reference:train, python-reference:test) or a file, for example "
+            "file:///srv/data.npz"
         )
     path = path_of(ref)
     tensors = _read(path)
@@ -74,15 +75,19 @@ def sample_order(samples: int, seed: int, epoch: int) -> Array:
 
 
 def batches(
-    x: Array, y: Array, batch_size: int, seed: int, epoch: int
+    x: Array, y: Array, batch_size: int, seed: int, epoch: int, *, smallest: int = 1
 ) -> Iterator[tuple[Array, Array]]:
-    """An epoch's batches in their order; the last one may be smaller. Each is a copy."""
+    """An epoch's batches in their order. Each is a copy.
+
+    The last one may be smaller; with fewer than `smallest` samples it is left out.
+    """
     if batch_size < 1:
         raise UsageError(f"a batch has at least 1 sample, not {batch_size}")
     order = sample_order(len(x), seed, epoch)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        yield x[chosen], y[chosen]
+        if len(chosen) >= smallest:
+            yield x[chosen], y[chosen]
 
 
 def _digits(ref: str) -> tuple[Array, Array]:

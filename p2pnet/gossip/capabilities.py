@@ -17,7 +17,9 @@ ARCH_CHARS_MAX = 32
 class Capabilities:
     """What a PNode has. `memory_bytes` is what it lends, `memory_used_bytes` what VNodes use.
 
-    `matmul_gflops` is measured on one thread in fp32; 0.0 while it is not known.
+    `devices` are there, `device` is what it computes on, with `threads` of torch in one
+    operation ("" and 0: it does not say). `matmul_gflops` is measured so, in fp32; 0.0
+    while it is not known.
     """
 
     cpus: float = 0.0
@@ -28,6 +30,8 @@ class Capabilities:
     matmul_gflops: float = 0.0
     vnodes: int = 0
     hosting: bool = False
+    device: str = ""
+    threads: int = 0
 
 
 def write_capabilities(capabilities: Capabilities) -> pb.Capabilities:
@@ -41,6 +45,8 @@ def write_capabilities(capabilities: Capabilities) -> pb.Capabilities:
         matmul_gflops=capabilities.matmul_gflops,
         vnodes=capabilities.vnodes,
         hosting=capabilities.hosting,
+        device=capabilities.device,
+        threads=capabilities.threads,
     )
 
 
@@ -57,7 +63,7 @@ def read_capabilities(message: pb.Capabilities) -> Capabilities:
     if len(message.devices) > DEVICES_MAX:
         raise MalformedError(f"an advert names {len(message.devices)} devices")
     check_text("arch", message.arch, ARCH_CHARS_MAX)
-    for device in message.devices:
+    for device in (message.device, *message.devices):
         check_text("device", device, DEVICE_CHARS_MAX)
     return Capabilities(
         cpus=message.cpus,
@@ -68,6 +74,8 @@ def read_capabilities(message: pb.Capabilities) -> Capabilities:
         matmul_gflops=message.matmul_gflops,
         vnodes=message.vnodes,
         hosting=message.hosting,
+        device=message.device,
+        threads=message.threads,
     )
 
 

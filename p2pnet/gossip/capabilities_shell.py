@@ -59,17 +59,19 @@ def find_devices(proc: Path = _NVIDIA_PROC, *, timeout_s: float = 3.0) -> tuple[
     return ("cpu", *printable[: DEVICES_MAX - 1])
 
 
-async def measure_matmul_gflops(data_dir: Path, *, timeout_s: float = 20.0) -> float:
-    """fp32 GFLOP/s of one thread, from the data dir or measured in a process of its own.
+async def measure_matmul_gflops(
+    data_dir: Path, *, threads: int = 1, timeout_s: float = 20.0
+) -> float:
+    """fp32 GFLOP/s of so many threads, from the data dir or measured in a process of its own.
 
     0.0 where it cannot be measured in time; the log says why.
     """
     cache = data_dir / CACHE_NAME
-    model = _cpu_model()
+    model = _cpu_model() + (f", {threads} threads" if threads > 1 else "")
     known = _read_cache(cache, model)
     if known is not None:
         return known
-    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     try:
         with trio.fail_after(timeout_s):
             done = await trio.run_process(
@@ -77,7 +79,7 @@ async def measure_matmul_gflops(data_dir: Path, *, timeout_s: float = 20.0) -> f
                 [sys.executable, "-P", "-m", "p2pnet.gossip.matmul_shell"],
                 capture_stdout=True,
                 capture_stderr=True,
-                env={**os.environ, **one_thread},
+                env={**os.environ, **dict.fromkeys(names, str(threads))},
             )
         gflops = _checked(json.loads(done.stdout)["gflops"])
         _write_cache(cache, model, gflops)

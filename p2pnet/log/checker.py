@@ -229,6 +229,19 @@ def _commits(slots: Sequence[_Slot], saved: Sequence[Saved], golden: Golden) -> 
     last: _Slot | None = None
     stored = {(o.vnode, o.step, o.digest): o for o in saved}
     for slot in slots:
+        if not slot.why and slot.entry.claim.from_step:
+            # The commits after that are undone, and their steps are done again.
+            back_to = int(slot.entry.claim.from_step)
+            if sorted(named)[-2:-1] != [back_to]:
+                found.append(
+                    Violation(
+                        "back by one commit",
+                        f"a claim goes back to step {back_to}, not to the last commit but one",
+                        (str(slot),),
+                    )
+                )
+            named = {step: at for step, at in named.items() if step <= back_to}
+            last = named.get(back_to)
         if slot.why or not slot.entry.HasField("commit"):
             continue
         commit = slot.entry.commit

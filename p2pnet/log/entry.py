@@ -19,6 +19,7 @@ ENTRY_BYTES_MAX = 4 << 20
 STATES_MAX = 10_000  # VNodes of a network
 HOSTS_MAX = 10_000
 HOLDERS_MAX = 16
+STANDBYS_MAX = 2  # of one VNode
 VNODE_CHARS_MAX = 64
 NUMBER_MAX = 2**53  # of epochs, steps and slots
 REASON_CHARS_MAX = 200
@@ -82,6 +83,17 @@ def _check_claim(claim: log_pb2.Claim) -> None:
     _check_vnodes(claim.placement)
     if any(index >= len(hosts) for index in claim.placement.values()):
         raise MalformedError("a claim places a VNode on a host that it does not name")
+    for vnode, standbys in claim.standbys.items():
+        following = list(standbys.hosts)
+        if (
+            vnode not in claim.placement
+            or not 1 <= len(following) <= STANDBYS_MAX
+            or len(dict.fromkeys((claim.placement[vnode], *following))) <= len(following)
+            or max(following) >= len(hosts)
+        ):
+            raise MalformedError("a claim names standbys that cannot be")
+    if claim.from_step > NUMBER_MAX:
+        raise MalformedError("a claim goes back to no possible step")
     if len(claim.genesis.states) > STATES_MAX:
         raise MalformedError(f"a genesis names at most {STATES_MAX} states")
     _check_states(claim.genesis.states)

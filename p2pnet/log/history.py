@@ -9,6 +9,10 @@ stands there, void.
 
 The first claim carries what the network begins with, and each claim where it puts
 everything, so that the log alone is enough for whoever goes on with the network.
+
+Where the states of the last commit are lost, a claim may go back to the commit before
+it (`from_step`): the last one is undone, and commits go on from there. Not further
+back, since nobody keeps the states of older ones.
 """
 
 from __future__ import annotations
@@ -62,6 +66,7 @@ class History:
         self.manifest: common_pb2.Signed | None = None
         self._charter: records_pb2.Manifest | None = None
         self.commit: log_pb2.Commit | None = None  # the last that counts
+        self.before: log_pb2.Commit | None = None  # the one before it, to go back to
         self.closing: log_pb2.Cancellation | None = None  # by which the owner has ended it
         self.keepers: tuple[str, ...] = ()  # of the next slot
         self.previous = b""  # SHA-256 of the last entry's payload
@@ -78,6 +83,11 @@ class History:
     def placement(self) -> Mapping[str, str]:
         """VNode -> peer id, as the last claim says."""
         return placement_of(self.claims[-1][1]) if self.claims else {}
+
+    @property
+    def standbys(self) -> Mapping[str, tuple[str, ...]]:
+        """VNode -> peer ids of those that follow it, as the last claim says."""
+        return standbys_of(self.claims[-1][1]) if self.claims else {}
 
     @property
     def genesis(self) -> log_pb2.Genesis | None:
@@ -115,8 +125,10 @@ class History:
             self.orchestrator = entry.claim.orchestrator
             self.manifest = entry.claim.manifest
             self.claims.append((entry.slot, entry.claim))
+            if entry.claim.from_step:
+                self.commit, self.before = self.before, None
         elif what == "commit":
-            self.commit = entry.commit
+            self.commit, self.before = entry.commit, self.commit
         else:
             charter = self.charter
             assert charter is not None
@@ -158,6 +170,14 @@ def placement_of(claim: log_pb2.Claim) -> dict[str, str]:
     return {vnode: claim.hosts[claim.placement[vnode]] for vnode in sorted(claim.placement)}
 
 
+def standbys_of(claim: log_pb2.Claim) -> dict[str, tuple[str, ...]]:
+    """VNode -> peer ids of those that follow it, of the VNodes that somebody follows."""
+    return {
+        vnode: tuple(claim.hosts[index] for index in claim.standbys[vnode].hosts)
+        for vnode in sorted(claim.standbys)
+    }
+
+
 def check_entry(signed: common_pb2.Signed, history: History) -> log_pb2.LogEntry:
     """An entry that would count as the next of `history`.
 
@@ -194,18 +214,24 @@ def new_claim(
     manifest: common_pb2.Signed,
     *,
     placement: Mapping[str, str],
+    standbys: Mapping[str, Sequence[str]] | None = None,
     keepers: Sequence[str] = (),
     reason: str = "",
     genesis: log_pb2.Genesis | None = None,
+    from_step: int = 0,
 ) -> common_pb2.Signed:
     """A claim of the next epoch by `key`, for the next slot; by default the keepers stay.
 
     Args:
         placement: VNode -> peer id.
+        standbys: VNode -> peer ids of those that are to follow it.
         keepers: of the slot after it.
         genesis: in a network's first claim, and only there.
+        from_step: of the commit before the last, to go back to it; 0: go on from the last.
     """
-    hosts = sorted(dict.fromkeys(placement.values()))
+    followed = {vnode: peers for vnode, peers in (standbys or {}).items() if peers}
+    following = (peer for peers in followed.values() for peer in peers)
+    hosts = sorted(dict.fromkeys((*placement.values(), *following)))
     index = {host: number for number, host in enumerate(hosts)}
     claim = log_pb2.Claim(
         epoch=history.epoch + 1,
@@ -215,6 +241,11 @@ def new_claim(
         hosts=hosts,
         placement={vnode: index[placement[vnode]] for vnode in sorted(placement)},
         genesis=genesis,
+        standbys={
+            vnode: log_pb2.Standbys(hosts=[index[peer] for peer in followed[vnode]])
+            for vnode in sorted(followed)
+        },
+        from_step=from_step,
     )
     named = sorted(keepers) or history.keepers or open_manifest(manifest).keepers
     return _sign(history, key, log_pb2.LogEntry(claim=claim, keepers=named))
@@ -330,6 +361,10 @@ def _void_claim(signer: str, entry: log_pb2.LogEntry, history: History) -> str:
         return f"a claim names {len(claim.hosts)} hosts; the owner allows {limits.hosts_max}"
     if not claims_left(history, limits):
         return f"the owner allows {limits.claims_max} claims, and all are used"
+    before = 0 if history.before is None else history.before.step
+    if claim.from_step and claim.from_step != before:
+        there = f"the commit before the last is of step {before}" if before else "none is before it"
+        return f"a claim goes back from the last commit to step {claim.from_step}, but {there}"
     if bool(charter.keepers) != bool(entry.keepers):
         return "a log is kept by peers, or in a store, as its manifest says"
     if history.epoch:

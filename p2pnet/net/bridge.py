@@ -79,7 +79,7 @@ class AsyncioThread:
         """
         return self._spawn(coro_fn(*args))
 
-    def run(self, coro: Coroutine[Any, Any, T], timeout_s: float) -> T:
+    def run(self, coro: Coroutine[Any, Any, T], timeout_s: float | None) -> T:
         """Runs a coroutine and blocks until it is done. Not from the loop's own thread.
 
         Raises:

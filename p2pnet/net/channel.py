@@ -85,7 +85,11 @@ class Stream(Generic[M]):
 
     async def write(self, message: Message) -> None:
         """Sends one message; waits while the peer takes no more."""
-        await self._channel.guard(self._call.write(message.SerializeToString()))
+        await self.write_raw(message.SerializeToString())
+
+    async def write_raw(self, message: bytes) -> None:
+        """`write` for a message's bytes."""
+        await self._channel.guard(self._call.write(message))
 
     async def done_writing(self) -> None:
         """Tells the peer that no more comes. Replies may."""
@@ -103,6 +107,19 @@ class Stream(Generic[M]):
             self._channel.lost = True
             raise UnreachableError(f"{self._channel.who} sent nothing in time") from None
         return parse(self._reply_type, reply)
+
+    async def read_raw(self) -> bytes | None:
+        """`read` for a message's bytes, without a time limit."""
+        reply = await self._channel.guard(self._call.read())
+        return reply if isinstance(reply, bytes) else None
+
+    def stamp(self) -> str:
+        """The next timestamp, for a message that carries its own; "" where there is no clock."""
+        return self._channel.stamp()
+
+    def hear(self, hlc: str) -> None:
+        """Continues after a timestamp that a message carried."""
+        self._channel.follow(hlc)
 
     def cancel(self) -> None:
         """Ends the stream on both sides; nothing where it is over."""
@@ -232,6 +249,15 @@ class Channel:
         """Continues after the timestamp that an answer carries, if it does."""
         if self._causality is not None and metadata is not None:
             self._causality.incoming(metadata.get(HLC_METADATA), self._peer_id)
+
+    def stamp(self) -> str:
+        """The next timestamp; "" where there is no clock."""
+        return "" if self._causality is None else self._causality.outgoing()
+
+    def follow(self, hlc: str) -> None:
+        """Continues after a timestamp of the peer's, if it is one."""
+        if self._causality is not None:
+            self._causality.incoming(hlc, self._peer_id)
 
     def _stamped(self, metadata: Metadata) -> Metadata:
         if self._causality is None:

@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
+from p2pnet.causality import Causality
 from p2pnet.errors import (
     CancelledByUs,
     ForgedError,
@@ -43,10 +44,12 @@ class Caller:
     """Who calls, and how long the call may still take.
 
     `peer_id` is proven; it is "" on the control socket and before a session is open.
+    `causality` is the clock that its messages go by, where they carry their own timestamps.
     """
 
     peer_id: str
     timeout_s: float
+    causality: Causality | None = None
 
 
 @dataclass(frozen=True, slots=True)

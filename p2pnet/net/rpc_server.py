@@ -178,7 +178,8 @@ class _Door(grpc.GenericRpcHandler):
         try:
             with self._counted(peer_id):
                 async with asyncio.timeout(timeout_s):
-                    reply = await method.run(requests, Caller(peer_id, timeout_s), context.write)
+                    caller = Caller(peer_id, timeout_s, self._causality)
+                    reply = await method.run(requests, caller, context.write)
             context.set_trailing_metadata(self._stamp())
             return reply
         except asyncio.CancelledError:

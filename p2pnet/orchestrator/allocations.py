@@ -9,7 +9,8 @@ from google.protobuf.message import DecodeError
 from p2pnet.errors import MalformedError, RefusedError
 from p2pnet.keys import ACCEPTANCE, verify
 from p2pnet.log.history import History, placement_of
-from p2pnet.orchestrator.hosts import by_host
+from p2pnet.orchestrator.desk import locations
+from p2pnet.orchestrator.hosts import all_hosts, by_host, following_by_host
 from p2pnet.v1 import common_pb2, orchestrator_pb2, pnode_pb2, records_pb2
 from p2pnet.vnode.graph import CompiledGraph
 
@@ -19,22 +20,27 @@ def allocate_requests(
     graph: CompiledGraph,
     claim: common_pb2.Signed,
     placement: Mapping[str, str],
+    standbys: Mapping[str, Sequence[str]],
     *,
     lease_s: int,
     step: int,
     states: Mapping[str, common_pb2.BlobRef],
     state_url: str,
+    live_step: int = 0,
+    norms: Sequence[float] = (),
 ) -> dict[str, pnode_pb2.AllocateRequest]:
-    """What each host of a claimed placement is asked, by host in order.
+    """What each host of a claimed placement is asked, standbys included, by host in order.
 
-    `history` ends with the claim; `step` and `states` are the cut to start from.
+    `history` ends with the claim; `step` and `states` are the cut to start from. Where
+    `live_step` is given, that is gone on from instead, in memory; `norms` are of the last
+    decided steps up to it.
     """
-    locations = [
-        pnode_pb2.Location(vnode=vnode, host=host, epoch=history.epoch)
-        for vnode, host in sorted(placement.items())
-    ]
-    return {
-        host: pnode_pb2.AllocateRequest(
+    rows = locations(history.epoch, placement, standbys)
+    hosted, followed = by_host(placement), following_by_host(standbys)
+    requests: dict[str, pnode_pb2.AllocateRequest] = {}
+    for host in all_hosts(placement, standbys):
+        vnodes, following = hosted.get(host, ()), followed.get(host, ())
+        requests[host] = pnode_pb2.AllocateRequest(
             network_id=history.network_id,
             epoch=history.epoch,
             manifest=history.manifest,
@@ -42,13 +48,15 @@ def allocate_requests(
             vnodes=vnodes,
             lease_s=lease_s,
             step=step,
-            states={vnode: states[vnode] for vnode in vnodes if vnode in states},
-            locations=locations,
+            states={vnode: states[vnode] for vnode in (*vnodes, *following) if vnode in states},
+            locations=rows,
             state_url=state_url,
             claim=claim,
+            live_step=live_step,
+            norms=norms,
+            standbys=following,
         )
-        for host, vnodes in by_host(placement).items()
-    }
+    return requests
 
 
 def relocations_of(history: History) -> list[orchestrator_pb2.Relocation]:
@@ -78,8 +86,12 @@ def check_accepted(
     host: str,
     vnodes: Sequence[str],
     acceptances: Sequence[common_pb2.Signed],
+    standbys: Mapping[str, Sequence[str]],
 ) -> None:
-    """Raises RemoteError unless the host has signed just what it was asked for."""
+    """Raises RemoteError unless the host has signed just what it was asked for.
+
+    It signs for the VNodes that it hosts, with who follows them; not for what it follows.
+    """
     said = []
     for accepted in acceptances:
         if verify(ACCEPTANCE, accepted) != host:
@@ -88,6 +100,9 @@ def check_accepted(
             it = records_pb2.Allocation.FromString(accepted.payload)
         except DecodeError:
             raise MalformedError("the host signed what is no allocation") from None
-        said.append((it.network_id, it.vnode, it.host, it.epoch))
-    if sorted(said) != [(network_id, vnode, host, epoch) for vnode in sorted(vnodes)]:
+        said.append((it.network_id, it.vnode, it.host, it.epoch, tuple(it.standbys)))
+    if sorted(said) != [
+        (network_id, vnode, host, epoch, tuple(standbys.get(vnode, ())))
+        for vnode in sorted(vnodes)
+    ]:
         raise RefusedError("the host agreed to something else than it was asked for")

@@ -41,6 +41,7 @@ class Asks:
                 self._cuts[event.ask] = desk.now + CUT_S
             case m.HostLeaves():
                 desk.hosts.leaves(event.peer_id)
+                desk.standby_gone(event.peer_id, "it is leaving")
                 self.leaves[event.ask] = event.peer_id
             case m.Resign():
                 self.resigns[event.ask] = None

@@ -10,6 +10,11 @@ claim the next epoch, allocate everything under it, start from the last committe
 Nothing done under an older epoch can count afterwards, so nothing needs to be undone.
 When the log has another orchestrator's newer claim, this one is over.
 
+Where VNodes have standbys, one thing is spared: the way back to the cut. If everything is
+still there, on the VNodes' own hosts or on standbys that have followed at every step,
+hosts are asked to go on in memory from the last decided step ("live"). If any of them
+cannot, it is the cut again. And where the states of the cut are lost, it is the cut before.
+
 What goes on while the network is ready is `Training`'s; moves in good order are `Move`s.
 """
 
@@ -35,9 +40,10 @@ from p2pnet.orchestrator.allocations import allocate_requests, check_accepted, r
 from p2pnet.orchestrator.asks import Ask, Asks
 from p2pnet.orchestrator.desk import REASON_CHARS_MAX, Desk
 from p2pnet.orchestrator.feeding import refused
-from p2pnet.orchestrator.hosts import by_host
+from p2pnet.orchestrator.hosts import all_hosts, by_host
 from p2pnet.orchestrator.moving import Move
 from p2pnet.orchestrator.sightings import closed_by_owner
+from p2pnet.orchestrator.standbys import count
 from p2pnet.orchestrator.training import Training
 from p2pnet.orchestrator.watching import LEASE_S, LOOK_INTO_THE_LOG, Watch
 from p2pnet.v1 import common_pb2, log_pb2, orchestrator_pb2, pnode_pb2
@@ -60,6 +66,7 @@ FAILED = common_pb2.REFUSAL_CODE_FAILED
 BUSY = common_pb2.REFUSAL_CODE_BUSY
 CLOSED = common_pb2.REFUSAL_CODE_CLOSED
 DRAINING = common_pb2.REFUSAL_CODE_DRAINING
+STATE_LOST = common_pb2.REFUSAL_CODE_STATE_LOST
 
 
 class Phase(Enum):
@@ -123,13 +130,20 @@ class Conductor:
         self._futile = 0  # recoveries since the last commit
         self._tries = 0  # allocations in a row that were not agreed to
         self._plans: dict[m.Purpose, None] = {}  # that are being made
-        self._chosen: dict[str, str] = {}  # what is being claimed or allocated
+        # What is being claimed or allocated, and whether it goes on in memory.
+        self._chosen: dict[str, str] = {}
+        self._following: dict[str, tuple[str, ...]] = {}
+        self._live = False
+        # The epoch that VNodes have all decided steps of in memory, as far as is known; 0: none.
+        self._lives_from = 0
+        self._setback = ""  # that steps were lost, and which, until there is a commit
         self._reading = False
         self._waits_for_log: float | None = None  # since when it takes nothing of ours
         self._appending: _Entry | None = None
         self._sent: common_pb2.Signed | None = None
         self._asked: dict[str, None] = {}  # hosts whose answer to Allocate is awaited
         self._acceptances: list[common_pb2.Signed] = []
+        self._absent: dict[str, None] = {}  # who only follows, and has not agreed
         self._disagreed = ""  # why the present allocation has failed
         self._move: Move | None = None
         self._gone: dict[str, None] = {}  # members that are no more, and have not come back
@@ -167,6 +181,8 @@ class Conductor:
         assert self._desk.ready == (self.phase is Phase.READY)
         if self._desk.ready:
             assert sorted(self.placement) == sorted(self.graph.vnodes())
+            for vnode, peers in self._desk.standbys.items():
+                assert self.placement[vnode] not in peers
         if self.phase is Phase.ALLOCATING:
             assert self._asked
         if self.phase is Phase.OVER:
@@ -236,12 +252,12 @@ class Conductor:
         return self._waits_for_log is None or now < self._waits_for_log + LOG_PATIENCE_S
 
     def needs(self, peer_id: str) -> bool:
-        """Whether a peer hosts a VNode, is about to, or keeps the log."""
-        hosts = (*self.placement.values(), *self._chosen.values())
+        """Whether a peer hosts or follows a VNode, is about to, or keeps the log."""
+        hosts = (*self._desk.hosts_now, *all_hosts(self._chosen, self._following))
         return peer_id in hosts or peer_id in self.history.keepers
 
     def locations(self) -> list[pnode_pb2.Location]:
-        """Where every VNode lives."""
+        """Where every VNode lives, and its standbys."""
         return self._desk.locations()
 
     def status(self) -> orchestrator_pb2.StatusReply:
@@ -382,6 +398,7 @@ class Conductor:
             return
         self._begin = None
         self._desk.placement = dict(history.placement)
+        self._desk.standbys = dict(history.standbys)
         self._relocations = relocations_of(history)[-RELOCATIONS_KEPT:]
         if history.epoch:
             self.taken_over = history.epoch + 1
@@ -460,6 +477,10 @@ class Conductor:
     def _committed(self, before: Mapping[str, common_pb2.BlobRef]) -> None:
         self._futile = 0
         self._desk.hosts.forgive()
+        self._desk.lost.forget()
+        if self._setback and self._desk.detail == self._setback:
+            self._desk.detail = ""
+        self._setback = ""
         self._training.committed(before)
         if self.phase is Phase.READY:
             self._move_on()
@@ -476,14 +497,22 @@ class Conductor:
     def _recover(self, reason: str) -> None:
         if self._desk.ready and self._desk.now >= self._ready_at + WELL_S:
             self._futile = 0  # it went well for a while, commits or not
+        in_memory = self._desk.ready and self.graph.replicas > 1
         self._interrupt(reason)
+        self._lives_from = self._desk.epoch if in_memory else 0
         self._futile += 1
-        if self._futile > FUTILE_MAX:
+        if lost_wait_s := self._lost_wait_s:
+            self._wait(self._reason, lost_wait_s)
+        elif self._futile > FUTILE_MAX:
             self.phase = Phase.WAITING
             backoff_s = BACKOFF_S * 2 ** min(self._futile - FUTILE_MAX + 1, 20)
             self._resume_at = self._desk.now + min(backoff_s, BACKOFF_MAX_S)
         else:
             self._plan()
+
+    @property
+    def _lost_wait_s(self) -> float:
+        return self._desk.lost.wait_s(self._desk.committed_step, self._desk.now)
 
     def _interrupt(self, reason: str) -> None:
         desk = self._desk
@@ -491,6 +520,7 @@ class Conductor:
             self._noticed_at = desk.now
         self._reason = reason[:REASON_CHARS_MAX]
         self._move = None
+        self._lives_from = 0
         desk.ready = False
         desk.state = "recovering" if desk.placement else "placing"
         desk.note("recovering", reason=self._reason, epoch=desk.epoch)
@@ -504,14 +534,23 @@ class Conductor:
 
     def _plan(self) -> None:
         self.phase = Phase.PLANNING
-        self._make_plan(m.Purpose.PLACE, tuple(sorted({*self.placement.values()})))
+        self._make_plan(m.Purpose.PLACE, self._desk.hosts_now)
 
     def _make_plan(self, purpose: m.Purpose, probe: tuple[str, ...] = ()) -> None:
         desk = self._desk
         if purpose not in self._plans:
             self._plans[purpose] = None
             barred = desk.hosts.barred(desk.now)
-            desk.out.append(m.MakePlan(purpose, dict(desk.placement), barred, probe))
+            live = purpose is m.Purpose.PLACE and self._can_live
+            desk.out.append(
+                m.MakePlan(purpose, dict(desk.placement), barred, probe, desk.followers, live)
+            )
+
+    @property
+    def _can_live(self) -> bool:
+        """Whether it is worth asking to go on in memory: the next claim follows that epoch."""
+        in_memory = 0 < self._lives_from == self._desk.epoch == self.history.epoch
+        return in_memory and self._training.live_step > 0
 
     def _planned(self, event: m.Planned) -> None:
         desk = self._desk
@@ -534,12 +573,32 @@ class Conductor:
         elif not desk.well(event.placement):
             self._plan()  # somebody failed meanwhile
         else:
-            self._chosen = dict(event.placement)
+            self._choose(event.placement, event.standbys)
+            self._live = event.live
             self.phase = Phase.CLAIMING
             self._write()
 
+    def _choose(
+        self, placement: Mapping[str, str], standbys: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        well = self._desk.hosts.well
+        left = {
+            vnode: tuple(peer for peer in peers if well(peer, self._desk.now))
+            for vnode, peers in standbys.items()
+        }
+        self._chosen = dict(placement)
+        self._following = {vnode: peers for vnode, peers in left.items() if peers}
+        self._live = False
+
     def _claim(self) -> None:
         desk = self._desk
+        from_step = 0
+        if desk.lost.certain(desk.committed_step, desk.now):
+            before = desk.history.before
+            from_step = 0 if before is None else int(before.step)
+            if not from_step:
+                self._give_up()
+                return
         genesis = None
         if desk.history.next_slot == 1:
             genesis = log_pb2.Genesis(graph=desk.graph.to_json(), states=desk.submitted)
@@ -548,9 +607,11 @@ class Conductor:
             desk.key,
             desk.manifest,
             placement=self._chosen,
+            standbys=self._following,
             keepers=desk.next_keepers,
             reason=self._reason,
             genesis=genesis,
+            from_step=from_step,
         )
         try:
             check_entry(entry, desk.history)
@@ -562,6 +623,19 @@ class Conductor:
             return
         self._append(_Entry.CLAIM, entry)
 
+    def _give_up(self) -> None:
+        """The last commit's states are lost, and there is no commit to go back to.
+
+        Whoever had one of them may come back with it; till then nothing is tried.
+        """
+        desk = self._desk
+        self.phase = Phase.WAITING
+        self._resume_at = None
+        why = f"a state of step {desk.committed_step} is lost, and nothing is before it"
+        desk.state, desk.detail = "lost", f"{why}: {desk.lost.why}"
+        desk.note("waiting", reason=desk.detail)
+        self._training.end(FAILED, desk.detail)
+
     @property
     def _claims_left(self) -> bool:
         return claims_left(self.history, self._desk.charter.limits)
@@ -571,28 +645,53 @@ class Conductor:
         desk.epoch = desk.history.epoch
         slot = len(desk.history.entries)
         desk.note("claimed", epoch=desk.epoch, slot=slot, reason=self._reason)
+        self._note_rollback()
+        # The commit that was on its way may have come as far as the last decided step.
+        live_step = self._training.live_step
+        self._live = self._live and live_step > 0 and desk.epoch == self._lives_from + 1
         self.phase = Phase.ALLOCATING
         self._acceptances.clear()
+        self._absent.clear()
         self._disagreed = ""
         requests = allocate_requests(
             desk.history,
             desk.graph,
             entry,
             self._chosen,
+            self._following,
             lease_s=LEASE_S,
             step=desk.committed_step,
             states=desk.states,
             state_url=desk.charter.state_url,
+            live_step=live_step if self._live else 0,
+            norms=self._training.norms if self._live else (),
         )
         self._asked = dict.fromkeys(requests)
         desk.out += [m.Allocate(host, request) for host, request in requests.items()]
 
+    def _note_rollback(self) -> None:
+        desk = self._desk
+        if not desk.history.claims[-1][1].from_step:
+            return
+        self._setback = f"back to step {desk.committed_step}: states of a later one are lost"
+        if desk.lost.why:
+            self._setback += f": {desk.lost.why}"
+        desk.note("rolled_back", step=desk.committed_step, epoch=desk.epoch, reason=desk.lost.why)
+        desk.lost.forget()
+
     def _allocated(self, event: m.Allocated) -> None:
         if event.epoch != self.epoch or event.host not in self._asked:
             return
-        wanted = by_host(self._chosen)[event.host]
+        wanted = by_host(self._chosen).get(event.host, ())
         try:
-            check_accepted(self.network_id, self.epoch, event.host, wanted, event.acceptances)
+            check_accepted(
+                self.network_id,
+                self.epoch,
+                event.host,
+                wanted,
+                event.acceptances,
+                self._following,
+            )
         except RemoteError as error:
             self._disagrees(event.host, str(error), 0)
             return
@@ -600,10 +699,18 @@ class Conductor:
         self._answered(event.host)
 
     def _disagrees(self, host: str, reason: str, code: int) -> None:
-        if code != BUSY:  # which is: in a moment
-            self._desk.hosts.shun(host, self._desk.now)
-        self._disagreed = self._disagreed or f"peer {short(host)} did not agree: {reason}"
-        self._desk.note("refused", host=host, epoch=self.epoch, reason=reason)
+        desk = self._desk
+        cannot_live = self._live and code == FAILED  # but from the cut it can
+        if code == STATE_LOST:
+            why = f"peer {short(host)}: {reason}"
+            desk.lost.said(desk.committed_step, self.epoch, why, desk.now)
+        elif code != BUSY and not cannot_live:  # busy is: in a moment
+            desk.hosts.shun(host, desk.now)
+        if host in self._chosen.values():
+            self._disagreed = self._disagreed or f"peer {short(host)} did not agree: {reason}"
+        else:
+            self._absent[host] = None  # it trains without them
+        desk.note("refused", host=host, epoch=self.epoch, reason=reason)
         if code in LOOK_INTO_THE_LOG:
             self._read_log()
         self._answered(host)
@@ -616,18 +723,25 @@ class Conductor:
             self._placed()
             return
         # Some may have agreed, and are not chosen again.
-        self._desk.hosts.lost(self._chosen.values(), self.placement.values())
+        chosen = all_hosts(self._chosen, self._following)
+        self._desk.hosts.lost(chosen, self._desk.hosts_now)
+        self._lives_from = 0  # who has agreed goes on under an epoch that comes to nothing
         self._tries += 1  # each is an entry of the log
-        self._wait(self._disagreed, min(BACKOFF_S * 2 ** min(self._tries, 20), BACKOFF_MAX_S))
+        wait_s = min(BACKOFF_S * 2 ** min(self._tries, 20), BACKOFF_MAX_S)
+        self._wait(self._disagreed, max(wait_s, self._lost_wait_s))
 
     def _placed(self) -> None:
         desk = self._desk
         self._note_relocations()
-        desk.hosts.lost(desk.placement.values(), self._chosen.values())
-        desk.placement = dict(self._chosen)
+        agreed = dict.fromkeys(all_hosts(self._chosen, self._following))
+        desk.hosts.lost(desk.hosts_now, agreed)
+        desk.placement, desk.standbys = dict(self._chosen), dict(self._following)
+        desk.unfollowed.clear()
+        for host in self._absent:
+            desk.standby_gone(host, "it has not agreed to follow")
         self.phase = Phase.READY
         desk.ready = True
-        desk.state, desk.detail = "ready", ""
+        desk.state, desk.detail = "ready", self._setback
         self._noticed_at, self._tries = None, 0
         self._ready_at = desk.now
         self._improve_at = desk.now + IMPROVE_S
@@ -635,7 +749,7 @@ class Conductor:
         desk.out.append(m.Publish(desk.epoch, tuple(self._acceptances), desk.history.keepers))
         self._watch.begin_epoch()
         desk.note("placed", epoch=desk.epoch, placement=dict(desk.placement))
-        self._training.begin_epoch()
+        self._training.begin_epoch(live=self._live)
         if self.phase is Phase.READY:
             self._serve_asks()
 
@@ -678,7 +792,9 @@ class Conductor:
         desk, move = self._desk, self._move
         if move is None or move.purpose is not event.purpose or self.phase is not Phase.READY:
             return
-        if event.placement is None or dict(event.placement) == desk.placement:
+        same = event.placement is not None and dict(event.placement) == desk.placement
+        more = count(event.standbys) > count(desk.followers)
+        if event.placement is None or (same and not more):
             self._move = None
             if event.purpose is m.Purpose.MOVE:
                 self._asks.nowhere_to_go(event.reason)
@@ -687,7 +803,7 @@ class Conductor:
             self._serve_asks()
         else:
             move.reason = event.reason or move.reason
-            move.begin(dict(event.placement), desk)
+            move.begin(dict(event.placement), dict(event.standbys), desk)
 
     def _host_ready(self, event: m.HostReady) -> None:
         move = self._move
@@ -712,7 +828,7 @@ class Conductor:
         if not self._desk.well(move.placement):
             self._recover(move.reason)
             return
-        self._chosen = move.placement
+        self._choose(move.placement, move.standbys)
         self._interrupt(move.reason)
         self.phase = Phase.CLAIMING
         self._write()
@@ -729,8 +845,13 @@ class Conductor:
             self._disagreed = self._disagreed or reason
             if event.peer_id in self._asked:
                 self._answered(event.peer_id)
+        elif self.phase is Phase.ALLOCATING and event.peer_id in self._asked:
+            self._absent[event.peer_id] = None
+            self._answered(event.peer_id)
         elif event.peer_id in desk.placement.values():
             self._trouble(reason)
+        if self.phase is Phase.READY:
+            desk.standby_gone(event.peer_id, event.why)
         self._look_after_keepers(patient=True)
 
     def _look_after_keepers(self, *, patient: bool) -> None:
@@ -750,7 +871,8 @@ class Conductor:
             self._training.cut_soon()
         elif self._move is None and self._claims_left:
             reason = f"keeper {short(lost)} of the log is gone"
-            self._move = Move(m.Purpose.MOVE, reason, dict(desk.placement), cutting=True)
+            move = self._move = Move(m.Purpose.MOVE, reason, cutting=True)
+            move.placement, move.standbys = dict(desk.placement), dict(desk.standbys)
             self._training.last_cut()
             self._move_on()
 
@@ -759,6 +881,9 @@ class Conductor:
         desk.alive[peer_id] = None
         self._gone.pop(peer_id, None)
         desk.hosts.came(peer_id)
+        if desk.state == "lost" and any(peer_id in ref.holders for ref in desk.states.values()):
+            desk.lost.forget()
+            self._resume_at = desk.now + BACKOFF_S
         if self.phase is Phase.WAITING and self._resume_at is not None:
             self._resume_at = min(self._resume_at, desk.now + BACKOFF_S)
 
@@ -829,6 +954,6 @@ class Conductor:
         desk.out.append(m.Withdraw())
         if code in (CLOSED, STALE):  # our hosts may not have heard of it
             epoch = desk.history.epoch if code == CLOSED else desk.epoch
-            desk.out += [m.Release(host, epoch) for host in by_host(self.placement)]
+            desk.out += [m.Release(host, epoch) for host in desk.hosts_now]
         desk.note("closed" if code == CLOSED else "over", reason=reason, peer=orchestrator)
         desk.out.append(m.Over(code, reason, orchestrator))

@@ -264,7 +264,7 @@ class ConductedNetwork:
         except P2PNetError as error:
             return m.NotStored(host, epoch, step, str(error))
         if reply.HasField("refusal"):
-            return m.NotStored(host, epoch, step, reply.refusal.detail)
+            return m.NotStored(host, epoch, step, reply.refusal.detail, reply.refusal.code)
         return m.Stored(host, epoch, step, dict(reply.states))
 
     def _copy_to(self, effect: m.Store, copies: int) -> Sequence[str]:

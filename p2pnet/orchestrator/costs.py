@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from p2pnet.gossip.coordinates import AXES, Coordinate
-from p2pnet.vnode.graph import Node
+from p2pnet.vnode.draft import TARGET
+from p2pnet.vnode.graph import CompiledGraph
 
 # What a step costs a VNode beside its FLOPs: two messages in, two out.
 STEP_NS = 3_000_000
@@ -66,9 +67,23 @@ def step_ns(host: HostView) -> int:
     return int(STEP_NS / trust_of(host))
 
 
-def flops_of(node: Node) -> int:
-    """Of one sample, forward and back."""
-    return node.flops_forward + node.flops_backward
+def flops_of(graph: CompiledGraph, vnode: str) -> int:
+    """Of one sample, forward and back, through every node of the VNode."""
+    nodes = map(graph.node, graph.entries(vnode))
+    return sum(node.flops_forward + node.flops_backward for node in nodes)
+
+
+def sources_of(graph: CompiledGraph, vnode: str) -> tuple[str, ...]:
+    """The VNodes that give the inputs of its nodes, each once; itself and inputs left out."""
+    refs = (ref for entry in graph.entries(vnode) for ref in graph.node(entry).inputs)
+    homes = (graph.home(ref) for ref in refs if ref not in graph.inputs and ref != TARGET)
+    return tuple(dict.fromkeys(home for home in homes if home != vnode))
+
+
+def targets_of(graph: CompiledGraph, vnode: str) -> tuple[str, ...]:
+    """The VNodes that take the outputs of its nodes, each once; itself left out."""
+    ends = (end for entry in graph.entries(vnode) for end, _ in graph.consumers(entry))
+    return tuple(dict.fromkeys(home for end in ends if (home := graph.home(end)) != vnode))
 
 
 def hop_ns(round_trip_ns: int, size_bytes: int) -> int:

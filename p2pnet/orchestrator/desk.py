@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from p2pnet.keys import KeyPair
 from p2pnet.log.history import History
 from p2pnet.log.keepers import next_keepers
 from p2pnet.orchestrator import messages as m
-from p2pnet.orchestrator.hosts import HostBook
+from p2pnet.orchestrator.hosts import HostBook, all_hosts
+from p2pnet.orchestrator.lost_states import LostStates
 from p2pnet.v1 import common_pb2, pnode_pb2, records_pb2
 from p2pnet.vnode.graph import CompiledGraph
 
@@ -23,6 +24,9 @@ class Desk:
     Attributes:
         epoch: of our claim; `placement`: VNode -> peer id; `ready`: whether every host
             has agreed to it.
+        standbys: VNode -> who is to follow it; `unfollowed`: VNodes that nobody has
+            followed at every step of this epoch.
+        lost: what hosts say of states that are nowhere to be had.
         state, detail: for people.
         alive: the living members.
         trouble: says that something is wrong under the present epoch.
@@ -40,6 +44,9 @@ class Desk:
     log_is_free: Callable[[], None]
     epoch: int = 0
     placement: dict[str, str] = field(default_factory=dict)
+    standbys: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    unfollowed: dict[str, None] = field(default_factory=dict)
+    lost: LostStates = field(default_factory=LostStates)
     ready: bool = False
     state: str = "placing"
     detail: str = ""
@@ -91,15 +98,35 @@ class Desk:
         return 2 * sum(keeper in self.alive for keeper in keepers) > len(keepers)
 
     def locations(self) -> list[pnode_pb2.Location]:
-        """Where every VNode lives."""
-        return [
-            pnode_pb2.Location(vnode=vnode, host=host, epoch=self.epoch)
-            for vnode, host in sorted(self.placement.items())
-        ]
+        """Where every VNode lives, and then where its standbys do."""
+        return locations(self.epoch, self.placement, self.standbys)
+
+    @property
+    def hosts_now(self) -> tuple[str, ...]:
+        """Who hosts or follows something, sorted."""
+        return all_hosts(self.placement, self.standbys)
+
+    @property
+    def followers(self) -> dict[str, tuple[str, ...]]:
+        """VNode -> who has followed it at every step, as far as is known."""
+        return {
+            vnode: peers for vnode, peers in self.standbys.items() if vnode not in self.unfollowed
+        }
+
+    def unfollow(self, vnodes: Iterable[str], why: str) -> None:
+        """Nobody can take these VNodes over in memory any more, under this epoch."""
+        fresh = [v for v in vnodes if v in self.standbys and v not in self.unfollowed]
+        self.unfollowed.update(dict.fromkeys(fresh))
+        if fresh:
+            self.note("unfollowed", vnodes=fresh, epoch=self.epoch, reason=why)
 
     def well(self, placement: Mapping[str, str]) -> bool:
         """Whether nothing speaks against any host of a placement."""
         return all(self.hosts.well(host, self.now) for host in placement.values())
+
+    def standby_gone(self, peer_id: str, why: str) -> None:
+        """A peer follows nothing any more. Nothing stops for that."""
+        self.unfollow([v for v, peers in self.standbys.items() if peer_id in peers], why)
 
     def note(self, event: str, **fields: object) -> None:
         """Something that people may want to know of."""
@@ -110,3 +137,18 @@ class Desk:
         """The answer to something that was asked for."""
         refusal = None if code is None else common_pb2.Refusal(code=code, detail=why)
         self.out.append(m.Answer(ask, refusal))
+
+
+def locations(
+    epoch: int, placement: Mapping[str, str], standbys: Mapping[str, Sequence[str]]
+) -> list[pnode_pb2.Location]:
+    """Where every VNode lives under an epoch, and then where its standbys do."""
+    rows = [
+        pnode_pb2.Location(vnode=vnode, host=host, epoch=epoch)
+        for vnode, host in sorted(placement.items())
+    ]
+    return rows + [
+        pnode_pb2.Location(vnode=vnode, host=host, epoch=epoch, standby=True)
+        for vnode in sorted(standbys)
+        for host in standbys[vnode]
+    ]

@@ -6,7 +6,14 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from p2pnet.orchestrator.costs import Distances, HostView, flops_of, hop_ns
+from p2pnet.orchestrator.costs import (
+    Distances,
+    HostView,
+    flops_of,
+    hop_ns,
+    sources_of,
+    targets_of,
+)
 from p2pnet.orchestrator.loads import FOREVER_NS, Loads, Work
 from p2pnet.orchestrator.nearness import Arrival, Nearness
 from p2pnet.orchestrator.shortage import SwarmTooSmallError, too_small
@@ -40,8 +47,8 @@ def units_of(graph: CompiledGraph, batch_size: int, replicas: Mapping[str, int])
             tuple(nodes),
             Work(
                 len(nodes),
-                sum(node.memory_bytes(batch_size) for node in nodes),
-                sum(map(flops_of, nodes)) * batch_size,
+                sum(graph.memory_bytes(node.id) for node in nodes),
+                sum(flops_of(graph, node.id) for node in nodes) * batch_size,
             ),
             max(replicas.get(node.id, 0) for node in nodes),
         )
@@ -97,8 +104,9 @@ class Greedy:
             for node in unit.nodes:
                 leaf = loads.leaf_of.get(current.get(node.id, ""))
                 if leaf is not None:
-                    need = node.memory_bytes(self._batch)
-                    cost = loads.cost_ns(leaf, Work(1, need, flops_of(node) * self._batch))
+                    need = self._graph.memory_bytes(node.id)
+                    flops = flops_of(self._graph, node.id) * self._batch
+                    cost = loads.cost_ns(leaf, Work(1, need, flops))
                     self._now[node.id] = leaf, cost, need
                     # Its host's own count has the VNode in it, but nothing else of it.
                     loads.charge(leaf, cost - loads.path_ns(leaf, 1, 0), 0)
@@ -145,7 +153,7 @@ class Greedy:
             self.assignments[node.id] = loads.hosts[leaf].peer_id
             self.scores[node.id] = round(adds_ns / 1e6, 3)
             done = max((at + hop for at, hop in self._inputs(node, leaf)), default=0)
-            flops = flops_of(node) * self._batch
+            flops = flops_of(self._graph, node.id) * self._batch
             self._at[node.id] = leaf, done + loads.path_ns(leaf, 1, flops)
 
     def _place_replica(self, unit: Unit) -> None:
@@ -227,7 +235,7 @@ class Greedy:
             (
                 (self._at[ref][1], self._at[ref][0], self._size_bytes(ref))
                 for node in unit.nodes
-                for ref in node.inputs
+                for ref in sources_of(self._graph, node.id)
                 if ref in self._at and ref not in here
             ),
             reverse=True,
@@ -244,7 +252,7 @@ class Greedy:
         return [
             (self._now[vnode][0], self._size_bytes(node.id))
             for node in unit.nodes
-            for vnode, _ in self._graph.consumers(node.id)
+            for vnode in targets_of(self._graph, node.id)
             if vnode in self._now and vnode not in self._at and vnode not in here
         ]
 
@@ -254,7 +262,7 @@ class Greedy:
         row = self._distances.row(leaf)
         return [
             (self._at[ref][1], hop_ns(row[self._at[ref][0]], self._size_bytes(ref)))
-            for ref in node.inputs
+            for ref in sources_of(self._graph, node.id)
             if ref in self._at
         ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from p2pnet.bounded import keep_latest
 
@@ -109,6 +109,23 @@ class HostBook:
             self._former.pop(host, None)
         elif host in self._former:
             self._former[host] = False
+
+
+def following_by_host(standbys: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """The VNodes that each host follows, from who follows each VNode; both sorted."""
+    hosts: dict[str, list[str]] = {}
+    for vnode in sorted(standbys):
+        for host in standbys[vnode]:
+            hosts.setdefault(host, []).append(vnode)
+    return {host: tuple(hosts[host]) for host in sorted(hosts)}
+
+
+def all_hosts(
+    placement: Mapping[str, str], standbys: Mapping[str, Sequence[str]]
+) -> tuple[str, ...]:
+    """Who hosts or follows something, sorted."""
+    following = (host for hosts in standbys.values() for host in hosts)
+    return tuple(sorted(dict.fromkeys((*placement.values(), *following))))
 
 
 def by_host(placement: Mapping[str, str]) -> dict[str, tuple[str, ...]]:

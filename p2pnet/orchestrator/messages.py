@@ -9,7 +9,7 @@ epoch, changes nothing. Times in seconds, peers by peer id, steps from 1.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from p2pnet.core import Tick
@@ -72,7 +72,8 @@ class Planned:
     """Where every VNode may go: a host for each, or None and why not.
 
     `alive`: the living members, hosting or not, for the choice of keepers; `absent`:
-    who of those that were to be probed did not answer.
+    who of those that were to be probed did not answer; `standbys`: who is to follow a
+    VNode; `live`: every host, and every standby, has had the VNode until now.
     """
 
     purpose: Purpose
@@ -80,6 +81,8 @@ class Planned:
     reason: str = ""
     alive: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
+    standbys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    live: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +152,13 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class NotStored:
-    """A host has not."""
+    """A host has not. `code`: a RefusalCode, 0: no answer."""
 
     host: str
     epoch: int
     step: int
     reason: str
+    code: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,12 +278,18 @@ class Append:
 
 @dataclass(frozen=True, slots=True)
 class MakePlan:
-    """Place every VNode: `Planned`. `probe`: ask these hosts first whether they are there."""
+    """Place every VNode: `Planned`. `probe`: ask these hosts first whether they are there.
+
+    `standbys`: who follows a VNode and has all of it; `live`: go on in memory if it can
+    be done, with every VNode where it is, or where one of its standbys is.
+    """
 
     purpose: Purpose
     current: Mapping[str, str]
     exclude: tuple[str, ...]
     probe: tuple[str, ...] = ()
+    standbys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    live: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,12 @@ So the new hosts have the states before the old ones let go, and no decided step
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from p2pnet.orchestrator import messages as m
 from p2pnet.orchestrator.desk import Desk
-from p2pnet.orchestrator.hosts import by_host
+from p2pnet.orchestrator.hosts import all_hosts, by_host, following_by_host
 from p2pnet.v1 import pnode_pb2
 
 TRIES = 3
@@ -24,15 +25,22 @@ class Move:
     purpose: m.Purpose
     reason: str
     placement: dict[str, str] = field(default_factory=dict)
+    standbys: dict[str, tuple[str, ...]] = field(default_factory=dict)
     waiting: dict[str, None] = field(default_factory=dict)
     cutting: bool = False
     tries: int = 0
 
-    def begin(self, placement: dict[str, str], desk: Desk) -> None:
-        """It is planned: the hosts that gain VNodes are made ready."""
-        self.placement = placement
-        coming = {v: h for v, h in placement.items() if desk.placement.get(v) != h}
-        gains = by_host(coming)
+    def begin(
+        self, placement: dict[str, str], standbys: dict[str, tuple[str, ...]], desk: Desk
+    ) -> None:
+        """It is planned: the hosts that gain VNodes, or follow more, are made ready."""
+        self.placement, self.standbys = placement, standbys
+        had = _by_host(desk.placement, desk.followers)
+        gains = {
+            host: vnodes
+            for host, here in _by_host(placement, standbys).items()
+            if (vnodes := tuple(v for v in here if v not in had.get(host, ())))
+        }
         self.waiting = dict.fromkeys(gains)
         for host, vnodes in gains.items():
             request = pnode_pb2.ReadyRequest(
@@ -55,6 +63,7 @@ class Move:
             self.tries += 1
             self.waiting.clear()
             self.placement.clear()
+            self.standbys.clear()
             return False
         self.cutting = not self.waiting
         return True
@@ -66,4 +75,16 @@ class Move:
 
     def newcomers(self, desk: Desk) -> tuple[str, ...]:
         """Hosts that have nothing of the network yet."""
-        return tuple(sorted({*self.placement.values()} - {*desk.placement.values()}))
+        there = dict.fromkeys(desk.hosts_now)
+        return tuple(h for h in all_hosts(self.placement, self.standbys) if h not in there)
+
+
+def _by_host(
+    placement: Mapping[str, str], standbys: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
+    """All that each host needs the states of; both sorted."""
+    hosted, followed = by_host(placement), following_by_host(standbys)
+    return {
+        host: tuple(sorted((*hosted.get(host, ()), *followed.get(host, ()))))
+        for host in all_hosts(placement, standbys)
+    }

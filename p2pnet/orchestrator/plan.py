@@ -41,13 +41,12 @@ def host_view(member: MemberView) -> HostView:
 
 
 def plan_json(
-    graph: CompiledGraph, members: Sequence[MemberView], *, batch_size: int, reserved: int
+    graph: CompiledGraph, members: Sequence[MemberView], *, batch_size: int
 ) -> dict[str, Any]:
     """The plan as `p2pnet plan --json` prints it; docs/cli.md has its keys.
 
     Args:
         batch_size: samples of a step, for which its time is foretold.
-        reserved: samples for which memory is reserved.
 
     A network that does not fit gives an object with `error` and what is missing.
     """
@@ -58,7 +57,7 @@ def plan_json(
         if member.alive and not member.hosting
     ]
     try:
-        placed = place(graph, hosts, batch_size=reserved)
+        placed = place(graph, hosts, batch_size=graph.batch_max)
     except SwarmTooSmallError as error:
         return {
             "name": graph.name,
@@ -76,10 +75,10 @@ def plan_json(
     return {
         "name": graph.name,
         "batch_size": batch_size,
-        "placements": _placements(graph, hosts, placed, batch_size, reserved),
+        "placements": _placements(graph, hosts, placed, batch_size),
         "rejected": out + rejected,
         "predicted": _predicted(step, batch_size),
-        "warnings": _warnings(graph, hosts, placed, step, batch_size, reserved),
+        "warnings": _warnings(graph, hosts, placed, step, batch_size),
     }
 
 
@@ -88,13 +87,12 @@ def _placements(
     hosts: Sequence[HostView],
     placed: Placement,
     batch_size: int,
-    reserved: int,
 ) -> list[dict[str, Any]]:
     by_id = {host.peer_id: host for host in hosts}
     rows = []
     for vnode, peer_id in placed.assignments.items():
         node, host = graph.node(vnode), by_id[peer_id]
-        compute_ns = int(flops_of(node) * batch_size / speed_of(host))
+        compute_ns = int(flops_of(graph, vnode) * batch_size / speed_of(host))
         rows.append(
             {
                 "vnode": vnode,
@@ -103,7 +101,7 @@ def _placements(
                 "type": node.type,
                 "group": node.group,
                 "ip_group": host.ip_group,
-                "memory_bytes": node.memory_bytes(reserved),
+                "memory_bytes": graph.memory_bytes(vnode),
                 "step_ms": _ms(step_ns(host) / 1e9 + compute_ns / 1e9),
             }
         )
@@ -128,7 +126,6 @@ def _warnings(
     placed: Placement,
     step: Prediction,
     batch_size: int,
-    reserved: int,
 ) -> list[dict[str, Any]]:
     """Peers that slow the whole down, the worst first."""
     suspects = [step.slowest_host]
@@ -139,7 +136,7 @@ def _warnings(
         others = [host for host in hosts if host.peer_id != peer_id]
         without = "without it"
         try:
-            instead = place(graph, others, batch_size=reserved).assignments
+            instead = place(graph, others, batch_size=graph.batch_max).assignments
             other_s = predict(graph, others, instead, batch_size=batch_size).step_s
         except SwarmTooSmallError:
             if not others:
@@ -147,7 +144,7 @@ def _warnings(
             # Its memory is needed; so what a usual peer in its place would be worth.
             without = "with a peer like the others in its place"
             usual = [_like(host, others) if host.peer_id == peer_id else host for host in hosts]
-            instead = place(graph, usual, batch_size=reserved).assignments
+            instead = place(graph, usual, batch_size=graph.batch_max).assignments
             other_s = predict(graph, usual, instead, batch_size=batch_size).step_s
         if step.step_s >= SLOWS_FACTOR * other_s and step.step_s - other_s >= _WORTH_S:
             found.append((other_s, peer_id, without))

@@ -12,7 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from p2pnet.orchestrator.costs import Distances, HostView, flops_of, hop_ns, speed_of, step_ns
+from p2pnet.orchestrator.costs import (
+    Distances,
+    HostView,
+    flops_of,
+    hop_ns,
+    sources_of,
+    speed_of,
+    step_ns,
+)
 from p2pnet.vnode.graph import CompiledGraph
 
 
@@ -74,10 +82,10 @@ def predict(
     after: dict[str, str] = {}  # what each VNode waited for last
     spent: dict[str, int] = {}  # on its host, from when that turned to it
     for vnode in graph.vnodes():
-        node, at = graph.node(vnode), index[assignments[vnode]]
+        at = index[assignments[vnode]]
         host = hosts[at]
         ready = 0
-        for ref in node.inputs:
+        for ref in sources_of(graph, vnode):
             if ref in done_at:
                 arrival = done_at[ref] + hop(ref, vnode)
                 if arrival > ready:
@@ -90,7 +98,7 @@ def predict(
         elif free_at[at] > ready:
             begin, after[vnode] = free_at[at], last_on[at]
             ready = begin
-        work = step_ns(host) + int(flops_of(node) * batch_size / speed_of(host))
+        work = step_ns(host) + int(flops_of(graph, vnode) * batch_size / speed_of(host))
         done = begin + work
         busy[host.peer_id] += work
         spent[vnode] = done - ready
@@ -107,7 +115,7 @@ def predict(
         on_host[peer_id] = on_host.get(peer_id, 0) + spent[vnode]
     slowest = max(sorted(on_host), key=lambda peer_id: on_host[peer_id])
     busiest = max(sorted(busy), key=lambda peer_id: busy[peer_id])
-    edges = [(hop(a, b), a, b) for a, b in pairwise(path) if a in graph.node(b).inputs]
+    edges = [(hop(a, b), a, b) for a, b in pairwise(path) if a in sources_of(graph, b)]
     edge = max(edges, default=(0, "", ""), key=lambda edge: edge[0])
     return Prediction(
         done_at[last] / 1e9,
@@ -126,7 +134,7 @@ def least_step_s(graph: CompiledGraph, hosts: Sequence[HostView], *, batch_size:
     speed = max(map(speed_of, hosts))
     done_at: dict[str, int] = {}
     for vnode in graph.vnodes():
-        node = graph.node(vnode)
-        ready = max((done_at[ref] for ref in node.inputs if ref in done_at), default=0)
-        done_at[vnode] = ready + step + int(flops_of(node) * batch_size / speed)
+        sources = sources_of(graph, vnode)
+        ready = max((done_at[ref] for ref in sources if ref in done_at), default=0)
+        done_at[vnode] = ready + step + int(flops_of(graph, vnode) * batch_size / speed)
     return max(done_at.values()) / 1e9

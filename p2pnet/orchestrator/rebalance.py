@@ -81,7 +81,7 @@ def improve(
         for host in hosts
         if host.peer_id in on or (trust_of(host) >= floor and not host.suspect)
     ]
-    empty = _without(graph, choice, current, batch_size)
+    empty = _without(graph, choice, current)
     before = predict(graph, empty, current, batch_size=batch_size)
     least_s = least_step_s(graph, empty, batch_size=batch_size)
     if not _pays(before.step_s, least_s, hysteresis):
@@ -99,7 +99,7 @@ def improve(
         cost_s += sum(graph.node(vnode).state_bytes for vnode in moved) / LINK_BYTES_PER_S
         if (
             _pays(before.step_s, after.step_s, hysteresis, cost_s)
-            and _has_room(graph, by_id, placed, moved, batch_size)
+            and _has_room(graph, by_id, placed, moved)
             and _as_safe(by_id, current, placed)
         ):
             reason = (
@@ -197,14 +197,14 @@ class Rebalancer:
 
 
 def _without(
-    graph: CompiledGraph, hosts: Sequence[HostView], current: Mapping[str, str], batch_size: int
+    graph: CompiledGraph, hosts: Sequence[HostView], current: Mapping[str, str]
 ) -> list[HostView]:
     """The same hosts as if nothing of this network were there."""
     ours: Counter[str] = Counter()
     kept: Counter[str] = Counter()
     for vnode in graph.vnodes():
         ours[current[vnode]] += 1
-        kept[current[vnode]] += graph.node(vnode).memory_bytes(batch_size)
+        kept[current[vnode]] += graph.memory_bytes(vnode)
     return [
         replace(
             host,
@@ -220,12 +220,11 @@ def _has_room(
     hosts: Mapping[str, HostView],
     placed: Mapping[str, str],
     moved: Sequence[str],
-    batch_size: int,
 ) -> bool:
     """VNodes are loaded at their new hosts before those that go from there are dropped."""
     arriving: Counter[str] = Counter()
     for vnode in moved:
-        arriving[placed[vnode]] += graph.node(vnode).memory_bytes(batch_size)
+        arriving[placed[vnode]] += graph.memory_bytes(vnode)
     return all(need <= hosts[peer_id].memory_free_bytes for peer_id, need in arriving.items())
 
 
@@ -252,7 +251,7 @@ def _spread(
         return placed
 
     def saves(vnodes: Sequence[str]) -> float:
-        flops = batch_size * sum(flops_of(graph.node(vnode)) for vnode in vnodes)
+        flops = batch_size * sum(flops_of(graph, vnode) for vnode in vnodes)
         old, new = hosts[current[vnodes[0]]], hosts[placed[vnodes[0]]]
         busy = (old.vnodes - new.vnodes) * len(vnodes)
         return flops / speed_of(old) - flops / speed_of(new) + busy * step_ns(old)

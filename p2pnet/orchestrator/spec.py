@@ -7,17 +7,27 @@ node. Shapes, names and config values are `compile_graph`'s to judge.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 
 from p2pnet.errors import SpecError
-from p2pnet.vnode.draft import CUT_EVERY, DTYPE, Draft, TensorSpec
+from p2pnet.vnode.draft import DTYPE, LOCAL, Draft, Settings, TensorSpec
 from p2pnet.vnode.graph import CompiledGraph, compile_graph
+from p2pnet.vnode.local import HEADS, with_heads
 
 try:  # ten times as fast where PyYAML was built with libyaml
     from yaml import CSafeLoader as _SafeLoader
@@ -26,6 +36,7 @@ except ImportError:
 
 SPEC_BYTES_MAX = 1 << 20
 DEPTH_MAX = 16
+_USUAL = Settings()
 
 
 class _Model(BaseModel):
@@ -43,6 +54,8 @@ class _Node(_Model):
     config: dict[StrictStr, Any] = Field(default_factory=dict)
     inputs: list[StrictStr] | None = None
     group: StrictStr | None = None
+    tied: StrictStr | None = None
+    codec: StrictStr | None = None
 
 
 class _Optimizer(BaseModel):
@@ -56,10 +69,16 @@ class _Spec(_Model):
     nodes: list[_Node] = Field(min_length=1)
     loss: _Node
     optimizer: _Optimizer
-    learning: StrictStr = "chain"
-    seed: StrictInt = 0
-    micro_batches: StrictInt = 1
-    cut_every: StrictInt = CUT_EVERY
+    learning: StrictStr = _USUAL.learning
+    head: StrictStr | None = None  # of the blocks, where learning is local
+    seed: StrictInt = _USUAL.seed
+    micro_batches: StrictInt = _USUAL.micro_batches
+    cut_every: StrictInt = _USUAL.cut_every
+    batch_max: StrictInt = _USUAL.batch_max
+    clip_norm: StrictFloat = _USUAL.clip_norm
+    staleness: StrictInt = _USUAL.staleness
+    replicas: StrictInt = _USUAL.replicas
+    codec: StrictStr = _USUAL.codec
 
 
 def load_spec(source: Path | str | Mapping[str, Any]) -> CompiledGraph:
@@ -159,34 +178,42 @@ def _compile(content: Mapping[str, Any]) -> CompiledGraph:
     for node in spec.nodes:
         drafts.append(_draft(node, previous))
         previous = node.id
-    optimizer_config = dict(spec.optimizer.model_extra or {})
+    inputs = {
+        name: TensorSpec(tuple(given.shape), given.dtype) for name, given in spec.inputs.items()
+    }
+    loss = _draft(spec.loss, previous)
+    if spec.learning == LOCAL:
+        drafts, loss = with_heads(inputs, drafts, loss, head=spec.head or HEADS[0])
+    elif spec.head is not None:
+        raise SpecError("head is for learning: local")
     return compile_graph(
         name=spec.name,
-        inputs={
-            name: TensorSpec(tuple(given.shape), given.dtype) for name, given in spec.inputs.items()
-        },
+        inputs=inputs,
         nodes=drafts,
-        loss=_draft(spec.loss, previous),
+        loss=loss,
         optimizer=spec.optimizer.type,
-        optimizer_config=optimizer_config,
-        learning=spec.learning,
-        seed=spec.seed,
-        micro_batches=spec.micro_batches,
-        cut_every=spec.cut_every,
+        optimizer_config=dict(spec.optimizer.model_extra or {}),
+        settings=Settings(
+            **{key.name: getattr(spec, key.name) for key in dataclasses.fields(Settings)}
+        ),
     )
 
 
 def _draft(node: _Node, previous: str) -> Draft:
     """A node without `inputs` takes the one before it."""
     inputs = (previous,) if node.inputs is None else tuple(node.inputs)
-    if node.group == "":
-        raise SpecError(f"{node.id} has an empty group: name it, or leave the key out")
-    return Draft(node.id, node.type, node.config, inputs, node.group or "")
+    for key in ("group", "tied", "codec"):
+        if getattr(node, key) == "":
+            raise SpecError(f"{node.id} has an empty {key}: name it, or leave the key out")
+    return Draft(
+        node.id, node.type, node.config, inputs, node.group or "", node.tied or "", node.codec or ""
+    )
 
 
 _EXPECTED = {
     "string_type": "expected text",
     "int_type": "expected a whole number",
+    "float_type": "expected a number",
     "list_type": "expected a list",
     "dict_type": "expected a mapping",
     "model_type": "expected a mapping",

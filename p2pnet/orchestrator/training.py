@@ -20,17 +20,24 @@ from p2pnet.orchestrator.ledger import (
     Decide,
     EndOfData,
     Finished,
+    NotFinite,
     Reported,
     Saved,
     Stalled,
     StepLedger,
+    Unsaved,
 )
 from p2pnet.orchestrator.ledger import Event as LedgerEvent
 from p2pnet.v1 import common_pb2, orchestrator_pb2
+from p2pnet.vnode.draft import LOCAL
 
 COMMIT_RETRY_S = 2.0
+CUT_RETRY_S = 5.0  # after a host had no room for its states
 BAD_REQUEST = common_pb2.REFUSAL_CODE_BAD_REQUEST
 BUSY = common_pb2.REFUSAL_CODE_BUSY
+FAILED = common_pb2.REFUSAL_CODE_FAILED
+STATE_LOST = common_pb2.REFUSAL_CODE_STATE_LOST
+NO_MEMORY = common_pb2.REFUSAL_CODE_NO_MEMORY
 
 Event = (
     m.ReportArrived | m.Stored | m.NotStored
@@ -55,7 +62,9 @@ class Training:
         self._cuts = Cuts()
         self._ledger = self._new_ledger()
         self._finishing: int | None = None  # the step after which the feeder is done
+        self._goes_back = False  # to the last cut, when nothing is on its way into the log
         self._retry_at: float | None = None
+        self._cut_again_at: float | None = None
         self._going_to: tuple[str, ...] = ()  # hosts that VNodes move to after the next cut
 
     def take(self, event: Event) -> None:
@@ -91,10 +100,13 @@ class Training:
         if self._retry_at is not None and now >= self._retry_at:
             self._retry_at = None
             self._desk.log_is_free()
+        if self._cut_again_at is not None and now >= self._cut_again_at:
+            self._cut_again_at = None
+            self._feed(CutWanted())
 
     def deadline(self) -> float | None:
         """When a tick is wanted, while the network is ready."""
-        times = (self._ledger.deadline(), self._retry_at)
+        times = (self._ledger.deadline(), self._retry_at, self._cut_again_at)
         return min((at for at in times if at is not None), default=None)
 
     def check(self) -> None:
@@ -111,8 +123,29 @@ class Training:
 
     @property
     def undecided_work(self) -> bool:
-        """Whether something is decided, or on its way, that the log does not have."""
-        return self._ledger.decided > self._desk.committed_step or self._cuts.busy
+        """Whether something is decided, or on its way, that the log does not have and will have.
+
+        What a `local` network has done after its last cut is lost with its feeder.
+        """
+        if self._cuts.busy:
+            return True
+        doomed = self._ledger.local and not self.feeding
+        return not doomed and self._ledger.decided > self._desk.committed_step
+
+    @property
+    def live_step(self) -> int:
+        """The decided step that VNodes may go on from in memory; 0: the cut is as good.
+
+        Asked after an epoch has ended, and before the next one begins. Standbys have
+        followed at every decided step, since a VNode reports none before they have.
+        """
+        step = self._ledger.decided
+        return step if step > self._desk.committed_step else 0
+
+    @property
+    def norms(self) -> tuple[float, ...]:
+        """Of the last decided steps, the newest last, where the network clips."""
+        return self._ledger.norms
 
     @property
     def feeding(self) -> bool:
@@ -121,15 +154,20 @@ class Training:
 
     # What the conductor does with it
 
-    def begin_epoch(self) -> None:
-        """Every host has agreed: from the last cut on."""
+    def begin_epoch(self, *, live: bool = False) -> None:
+        """Every host has agreed: from the last cut on, or `live` from the last decided step."""
         self.uncommitted = ""
-        self.feeder.dirty = False
-        self._finishing = self._retry_at = None
+        self.feeder.dirty = self._goes_back = False
+        self._finishing = self._retry_at = self._cut_again_at = None
         self._going_to = ()
-        self._ledger = self._new_ledger()
-        if self.feeder.here:
-            self._feeder_may_begin()
+        self._ledger = self._new_ledger(live=live)
+        if self.feeder.here and not (live and self.feeder.waits):
+            self._feeder_may_begin(live=live)
+        if live:
+            # A standby that has stepped in has nobody behind it, so this is made safe at
+            # once. A feeder that has come meanwhile waits for it: it has not heard of these
+            # steps.
+            self._feed(CutWanted(last=not self.feeding))
 
     def interrupt(self, reason: str) -> None:
         """The epoch ends; what is stored may still be committed, before the next claim."""
@@ -204,6 +242,8 @@ class Training:
         desk.out += self.feeder.tell(TrainEvent(committed=committed))
         desk.note("committed", step=step, epoch=desk.epoch, slot=len(desk.history.entries))
         self._finish()
+        if desk.ready and self._goes_back and not self._cuts.busy:
+            self._go_back()
         if desk.ready and self.feeder.waits and not self.undecided_work:
             self._feeder_may_begin()
 
@@ -214,6 +254,10 @@ class Training:
         if not desk.ready:
             self._retry_at = None  # the next claim asks for it first
             return
+        self._is_uncommitted(reason)
+
+    def _is_uncommitted(self, reason: str) -> None:
+        desk = self._desk
         if not self.uncommitted:
             desk.note("uncommitted", reason=reason, step=desk.committed_step)
             self.uncommitted = reason
@@ -224,14 +268,20 @@ class Training:
 
     # Steps
 
-    def _new_ledger(self) -> StepLedger:
-        desk = self._desk
+    def _new_ledger(self, *, live: bool = False) -> StepLedger:
+        desk, graph = self._desk, self._desk.graph
         return StepLedger(
-            vnodes=tuple(desk.graph.vnodes()),
-            loss=desk.graph.loss.id,
+            vnodes=tuple(graph.vnodes()),
+            loss=graph.loss.id,
             epoch=desk.epoch,
             step=desk.committed_step,
-            cut_every=desk.graph.cut_every,
+            cut_every=graph.cut_every,
+            window=graph.window,
+            local=graph.learning == LOCAL,
+            clips=graph.clip_norm > 0,
+            norms_kept=graph.staleness + 1,
+            last=self._ledger.last if live else None,
+            norms=self._ledger.norms if live else (),
         )
 
     def _feed(self, event: LedgerEvent) -> None:
@@ -239,13 +289,16 @@ class Training:
             match effect:
                 case Decide():
                     self.steps_decided += 1
-                    self._tell_decided(effect.step, effect.loss, effect.correct, effect.samples)
+                    self._desk.lost.forget()  # every VNode has its state
+                    self._tell_decided(effect)
                     self._desk.note("decided", step=effect.step, epoch=self._desk.epoch)
                 case Cut():
                     self._begin_cut(effect.step, effect.decided)
                 case Finished():
                     self._finishing = effect.step
                     self._finish()
+                case NotFinite():
+                    self._is_bad(f"step {effect.step}: its gradients have no finite norm")
                 case Stalled():
                     missing = ", ".join(effect.missing)
                     self._desk.trouble(f"step {effect.step} stands still: nothing from {missing}")
@@ -255,26 +308,42 @@ class Training:
         self.step_bytes += event.size_bytes
         if report.id.epoch != desk.epoch or not desk.ready:
             return
-        if desk.placement.get(report.vnode) != event.caller:
+        vnodes = tuple(report.vnodes) or (report.vnode,)
+        if any(desk.placement.get(vnode) != event.caller for vnode in vnodes):
             return  # a host that lost the VNode meanwhile, or somebody who never had it
         if report.HasField("held"):
             held = report.held
+            # Late or doubled, a report still says who has not followed.
+            mine = [v for v in held.unfollowed if desk.placement.get(v) == event.caller]
+            desk.unfollow(mine, f"step {report.id.step} did not reach every standby")
             self._feed(
                 Reported(
-                    report.vnode, desk.epoch, report.id.step, held.loss, held.correct, held.samples
+                    vnodes,
+                    desk.epoch,
+                    report.id.step,
+                    held.loss,
+                    held.correct,
+                    held.samples,
+                    tuple(held.squares),
                 )
             )
             return
         reason = report.trouble.reason[:REASON_CHARS_MAX]
         if report.trouble.bad_input:
-            self.feeder.dirty = True
-            desk.out += self.feeder.refuse(BAD_REQUEST, reason)
+            self._is_bad(reason)
             return
-        if not report.trouble.host:  # its own failure
+        if report.trouble.state_lost:
+            desk.lost.said(desk.committed_step, desk.epoch, f"{report.vnode}: {reason}", desk.now)
+        elif not report.trouble.host:  # its own failure
             desk.hosts.shun(event.caller, desk.now)
         elif report.trouble.host in desk.placement.values():
             desk.hosts.blame(report.trouble.host, event.caller, desk.now)
         desk.trouble(f"{report.vnode}: {reason}")
+
+    def _is_bad(self, reason: str) -> None:
+        """What is fed can never be right: no use in trying again."""
+        self.feeder.dirty = True
+        self._desk.out += self.feeder.refuse(BAD_REQUEST, reason)
 
     # Cuts
 
@@ -299,6 +368,18 @@ class Training:
 
     def _not_stored(self, event: m.NotStored) -> None:
         if self._cuts.is_for(event.epoch, event.step):
+            if event.code == NO_MEMORY:
+                # A new epoch would find no more room, and lose the steps since the last cut.
+                self._cuts.forget_storing()
+                self._cut_again_at = self._desk.now + CUT_RETRY_S
+                self._is_uncommitted(event.reason)
+                self._feed(Unsaved(event.step))
+                if self._goes_back:
+                    self._go_back()
+                return
+            if event.code == STATE_LOST:
+                desk = self._desk
+                desk.lost.said(desk.committed_step, desk.epoch, event.reason, desk.now)
             self._desk.trouble(f"the cut at step {event.step} failed: {event.reason}")
 
     # The feeder
@@ -309,6 +390,9 @@ class Training:
             # It comes back by another way, before we have noticed that it was gone.
             desk.out += feeder.refuse(BUSY, "the feeder has come back")
             self._feeder_left(feeder.stream)
+        if desk.state == "lost":
+            desk.out.append(m.Tell(event.feeder, refused(FAILED, desk.detail)))
+            return
         if feeder.here:
             detail = "is being trained by somebody else: wait until that is done"
             desk.out.append(m.Tell(event.feeder, refused(BUSY, f"{desk.graph.name} {detail}")))
@@ -321,25 +405,31 @@ class Training:
         if desk.ready and not self.undecided_work:
             self._feeder_may_begin()
 
-    def _feeder_may_begin(self) -> None:
+    def _feeder_may_begin(self, *, live: bool = False) -> None:
         desk, feeder = self._desk, self.feeder
         if feeder.dirty:  # half a step of the feeder before may be under way
             desk.trouble("a new training run begins")
             return
         feeder.waits, feeder.dirty = False, True
         desk.state = "training"
-        self._ledger = self._new_ledger()
+        if not live:
+            self._ledger = self._new_ledger()
         ready = orchestrator_pb2.TrainReady(
             epoch=desk.epoch,
             step=desk.committed_step,
             locations=desk.locations(),
             graph=desk.graph.to_json(),
+            live_step=self._ledger.decided if live else 0,
+            norms=self._ledger.norms,
         )
         desk.out += feeder.tell(TrainEvent(ready=ready))
         commit = desk.history.commit
-        if commit is not None and commit.samples:
-            # It may be that the feeder was cut off before it heard of this step.
-            self._tell_decided(commit.step, commit.loss, commit.correct, commit.samples)
+        if commit is not None and commit.samples and not live:
+            # It may be that the feeder was cut off before it heard of this step. Where it
+            # goes on live it has been here all the time.
+            self._tell_decided(
+                Decide(int(commit.step), commit.loss, int(commit.correct), int(commit.samples))
+            )
         if feeder.last_step is not None:
             self._feed(EndOfData(feeder.last_step))
 
@@ -350,7 +440,22 @@ class Training:
         if self._desk.ready:
             if self._desk.state == "training":
                 self._desk.state = "ready"
-            self._feed(CutWanted(last=True))  # what was decided is kept
+            if not self._ledger.local:
+                self._feed(CutWanted(last=True))  # what was decided is kept
+            elif self.feeder.dirty and not self._cuts.busy:
+                self._go_back()
+            else:
+                self._goes_back = self.feeder.dirty
+
+    def _go_back(self) -> None:
+        """The feeder of a `local` network has left half-way.
+
+        Its VNodes are each at another step by now, and keep the states of no step that all
+        of them have passed but those of cuts. So the last cut is what there is of it.
+        """
+        self._goes_back = False
+        step = self._desk.committed_step
+        self._desk.trouble(f"its feeder has left: back to the cut at step {step}")
 
     def _finish(self) -> None:
         """The feeder is done when the log has all that it fed."""
@@ -365,9 +470,14 @@ class Training:
         if desk.ready:
             desk.state = "ready"
 
-    def _tell_decided(self, step: int, loss: float, correct: int, samples: int) -> None:
+    def _tell_decided(self, decision: Decide) -> None:
         decided = orchestrator_pb2.StepDecided(
-            epoch=self._desk.epoch, step=step, loss=loss, correct=correct, samples=samples
+            epoch=self._desk.epoch,
+            step=decision.step,
+            loss=decision.loss,
+            correct=decision.correct,
+            samples=decision.samples,
+            norm=decision.norm,
         )
         self._desk.out += self.feeder.tell(TrainEvent(decided=decided))
 

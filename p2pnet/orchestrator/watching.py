@@ -8,7 +8,7 @@ from __future__ import annotations
 from p2pnet.keys import short
 from p2pnet.orchestrator import messages as m
 from p2pnet.orchestrator.desk import Desk
-from p2pnet.orchestrator.hosts import by_host
+from p2pnet.orchestrator.hosts import by_host, following_by_host
 from p2pnet.v1 import common_pb2, pnode_pb2
 
 LEASE_S = 60
@@ -48,7 +48,7 @@ class Watch:
             return
         self.at = desk.now + HEARTBEAT_S
         self._release()
-        for host in by_host(desk.placement):
+        for host in desk.hosts_now:
             if host not in self._beating:
                 self._beating[host] = None
                 request = pnode_pb2.HeartbeatRequest(
@@ -63,18 +63,29 @@ class Watch:
             return False
         self._beating.pop(event.host, None)
         if isinstance(event, m.NotBeaten):
-            if desk.hosts.missed(event.host):
+            if not desk.hosts.missed(event.host):
+                return False
+            if event.host in desk.placement.values():
                 desk.trouble(f"peer {short(event.host)} misses heartbeats: {event.reason}")
+            else:
+                desk.hosts.shun(event.host, desk.now)
+                desk.standby_gone(event.host, "it misses heartbeats")
             return False
         desk.hosts.answered(event.host)
         vnodes = by_host(desk.placement).get(event.host, ())
-        rows = {row.vnode: row for row in event.rows if not row.error}
+        followed = following_by_host(desk.standbys).get(event.host, ())
+        rows = {row.vnode: row for row in event.rows if not row.error and not row.standby}
+        follows = {row.vnode: None for row in event.rows if not row.error and row.standby}
         lost = [vnode for vnode in vnodes if vnode not in rows]
+        why = event.refusal.detail if event.refusal is not None else "it follows it no longer"
+        gone = followed if event.refusal is not None else (v for v in followed if v not in follows)
+        desk.unfollow(gone, why)
         if event.refusal is None and not lost:
             self.health.update({vnode: rows[vnode] for vnode in vnodes})
             return False
-        desk.hosts.shun(event.host, desk.now)
-        desk.trouble(f"peer {short(event.host)} no longer runs {', '.join(lost or vnodes)}")
+        if vnodes:
+            desk.hosts.shun(event.host, desk.now)
+            desk.trouble(f"peer {short(event.host)} no longer runs {', '.join(lost or vnodes)}")
         return event.refusal is not None and event.refusal.code in LOOK_INTO_THE_LOG
 
     def _release(self) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,12 @@ from p2pnet.log.history import History
 from p2pnet.orchestrator import messages as m
 from p2pnet.orchestrator.conductor import Phase
 from p2pnet.orchestrator.costs import HostView
-from p2pnet.orchestrator.placement import place
-from p2pnet.orchestrator.rebalance import Rebalancer
+from p2pnet.orchestrator.planning import Planning, unplanned
 from p2pnet.sim import streams
 from p2pnet.sim.driver import Driver
 from p2pnet.sim.log_client import LogClient
 from p2pnet.v1 import common_pb2, orchestrator_pb2, pnode_pb2, vnode_pb2
 from p2pnet.vnode.graph import CompiledGraph
-from p2pnet.vnode.network import BATCH_SAMPLES
 
 if TYPE_CHECKING:
     from p2pnet.sim.orchestrator_node import OrchestratorNode
@@ -54,7 +53,7 @@ class ConductorRun(Driver[m.Event, m.Effect]):
         history.extend(log.history.entries)
         self.graph = graph
         self.core = node.make_conductor(history, manifest, graph)
-        self._rebalancer = Rebalancer(graph, batch_size=BATCH_SAMPLES)
+        self._planning = Planning(graph)
         self._ask = 0
         self._asks: dict[int, Callable[[common_pb2.Refusal | None], None]] = {}
         self._streams: dict[int, streams.End] = {}
@@ -208,20 +207,10 @@ class ConductorRun(Driver[m.Event, m.Effect]):
         out = dict.fromkeys((*plan.exclude, *absent))
         hosts = [self.node.host_view(peer) for peer in alive if peer not in out]
         try:
-            placement, reason = self._place(plan, hosts)
+            planned = self._planning.plan(plan, hosts, self.machine.now)
         except UsageError as error:
-            self.feed(m.Planned(plan.purpose, None, str(error), alive, absent))
-            return
-        self.feed(m.Planned(plan.purpose, placement, reason, alive, absent))
-
-    def _place(
-        self, plan: m.MakePlan, hosts: Sequence[HostView]
-    ) -> tuple[dict[str, str] | None, str]:
-        if plan.purpose is m.Purpose.IMPROVE:
-            move = self._rebalancer.improve(hosts, plan.current, self.machine.now)
-            return (None, "") if move is None else (dict(move.placement), move.reason)
-        placed = place(self.graph, hosts, batch_size=BATCH_SAMPLES, current=plan.current)
-        return dict(placed.assignments), ""
+            planned = unplanned(plan.purpose, error, len(alive), len(hosts))
+        self.feed(replace(planned, alive=alive, absent=absent))
 
     def _made_ready(self, host: str, reply: pnode_pb2.ReadyReply | None) -> None:
         if reply is None:
@@ -264,7 +253,8 @@ class ConductorRun(Driver[m.Event, m.Effect]):
         def stored(reply: vnode_pb2.SaveReply | None) -> None:
             why = "it does not answer" if reply is None else reply.refusal.detail
             if reply is None or reply.HasField("refusal"):
-                self.feed(m.NotStored(store.host, store.epoch, store.step, why))
+                code = 0 if reply is None else reply.refusal.code
+                self.feed(m.NotStored(store.host, store.epoch, store.step, why, code))
             else:
                 self.feed(m.Stored(store.host, store.epoch, store.step, dict(reply.states)))
 

@@ -12,13 +12,14 @@ from p2pnet.keys import sha256
 from p2pnet.sim import streams
 from p2pnet.sim.calls import Calls
 from p2pnet.sim.compute import batch_of
+from p2pnet.sim.crew import Hop
 from p2pnet.sim.driver import Driver
 from p2pnet.sim.hints import Hints
 from p2pnet.sim.machine import Machine
-from p2pnet.sim.trainee import Hop
 from p2pnet.v1 import common_pb2, vnode_pb2
+from p2pnet.vnode.draft import TARGET
 from p2pnet.vnode.graph import CompiledGraph
-from p2pnet.vnode.messages import ActivationArrived
+from p2pnet.vnode.messages import ActivationArrived, Decided
 
 TRAIN = "Orchestrator/Train"
 _FEED_TIMEOUT_S = 5.0
@@ -27,6 +28,7 @@ _BUSY_PAUSE_S = 0.05
 _TRIES = 6
 _CODE = 70
 _BATCH_BYTES = 64
+_LATER = (common_pb2.REFUSAL_CODE_BUSY, common_pb2.REFUSAL_CODE_UNKNOWN_EPOCH)
 
 
 class FeederNode(Driver[ev.Event, ev.Effect]):
@@ -61,8 +63,7 @@ class FeederNode(Driver[ev.Event, ev.Effect]):
         self._given = 0
         self._on_result = on_result
         self._streams: dict[int, streams.End] = {}
-        self._started = False
-        self._feeding = 0  # the newest FeedStep
+        self._out = (0, 0)  # the epoch that is fed, and what is decided in it
 
     def begin(self) -> None:
         """Looks for the orchestrator until there is one, and trains."""
@@ -92,10 +93,13 @@ class FeederNode(Driver[ev.Event, ev.Effect]):
             case ev.Send(stream, command):
                 after(0.0, self._send, stream, command)
             case ev.FeedStep():
-                self._feeding += 1
-                self._feed_step(effect, self._feeding)
+                self._feed_step(effect)
+            case ev.TellDecided():
+                self._tell(effect)
             case ev.Started(step, _):
-                self._started, self._given = True, step
+                self._given = step
+                norms = self._graph.staleness + 1 if self._graph.clip_norm else 0
+                after(0.0, self._feed, ev.Pace(self._graph.window, norms))
                 after(0.0, self._give)
             case ev.Deliver(result):
                 self.results.append(result)
@@ -111,12 +115,13 @@ class FeederNode(Driver[ev.Event, ev.Effect]):
                 pass
 
     def _give(self) -> None:
-        """One batch at a time: the next when the result of the last one is there."""
-        if self.core.over or self._given > len(self.results) or self.core.full:
-            return
-        if self._given == self._steps:
-            self._feed(ev.NoMore())
-        else:
+        """As `client.epochs.in_flight`: one batch more than the network can use at a time."""
+        while self._given <= len(self.results) + self._graph.window:
+            if self.core.over or self.core.full:
+                return
+            if self._given == self._steps:
+                self._feed(ev.NoMore())
+                return
             self._given += 1
             self._feed(ev.BatchGiven(ev.Batch(self._given, _BATCH_BYTES)))
 
@@ -156,53 +161,61 @@ class FeederNode(Driver[ev.Event, ev.Effect]):
 
     # Batches
 
-    def _feed_step(self, step: ev.FeedStep, number: int) -> None:
-        vnodes = dict.fromkeys(self._graph.vnodes())
-        for node in map(self._graph.node, vnodes):
-            for slot, source in enumerate(node.inputs):
-                if source not in vnodes:
-                    content = batch_of(source, step.step)
+    def _feed_step(self, step: ev.FeedStep) -> None:
+        if step.epoch != self._out[0]:
+            self._out = (step.epoch, 0)
+        self._out = (step.epoch, max(self._out[1], step.decided_step))
+        parts = self._graph.micro_batches
+        for part in range(parts):
+            for source in (*self._graph.inputs, TARGET):
+                content = batch_of(source, step.step, part)
+                for node, slot in self._graph.consumers(source):
                     arrival = ActivationArrived(
-                        step.epoch, step.step, 0, source, slot, content, sha256(content),
-                        step.step - 1,
-                    )  # fmt: skip
-                    self._hop(step, number, node.id, arrival, 0)
+                        epoch=step.epoch,
+                        step=step.step,
+                        micro_batch=part,
+                        node=node,
+                        source=source,
+                        slot=slot,
+                        payload=content,
+                        digest=sha256(content),
+                        decided_step=step.decided_step,
+                        batch_samples=parts,
+                        norms=step.norms,
+                    )
+                    host = step.locations[self._graph.home(node)]
+                    self._hop(host, step.epoch, step.step, arrival, 0)
+
+    def _tell(self, told: ev.TellDecided) -> None:
+        decided = Decided(told.epoch, told.step, told.norms)
+        names = (*self._graph.inputs, TARGET)
+        nodes = [node for name in names for node, _ in self._graph.consumers(name)]
+        for host in dict.fromkeys(told.locations[self._graph.home(node)] for node in nodes):
+            self._hop(host, told.epoch, told.step + 1, decided, 0)
 
     def _hop(
-        self, step: ev.FeedStep, number: int, vnode: str, arrival: ActivationArrived, tries: int
+        self, host: str, epoch: int, step: int, event: ActivationArrived | Decided, tries: int
     ) -> None:
-        host = step.locations[vnode]
+        """Until it is taken; what goes wrong holds up the step."""
+        if self._out[0] != epoch or step <= self._out[1]:
+            return  # out of date
 
         def answered(reply: vnode_pb2.HopReply | None) -> None:
-            if number != self._feeding:
-                return
             if reply is None:
-                self._feed(ev.FeedFailed(step.epoch, step.step, host, "no answer"))
+                self._feed(ev.FeedFailed(epoch, step, host, "no answer"))
             elif reply.HasField("refusal"):
-                busy = reply.refusal.code in (
-                    common_pb2.REFUSAL_CODE_BUSY,
-                    common_pb2.REFUSAL_CODE_UNKNOWN_EPOCH,
-                )
-                if busy and tries < _TRIES:
+                if reply.refusal.code in _LATER and tries < _TRIES:
                     pause_s = _BUSY_PAUSE_S * 2**tries
-                    self.machine.after(pause_s, self._hop, step, number, vnode, arrival, tries + 1)
+                    self.machine.after(pause_s, self._hop, host, epoch, step, event, tries + 1)
                     return
                 newer = int(reply.refusal.epoch)
-                self._feed(
-                    ev.FeedFailed(
-                        step.epoch,
-                        step.step,
-                        host,
-                        reply.refusal.detail,
-                        newer if newer > step.epoch else 0,
-                    )
-                )
+                detail = reply.refusal.detail
+                self._feed(ev.FeedFailed(epoch, step, host, detail, newer if newer > epoch else 0))
 
-        if number == self._feeding:
-            self._calls.call(
-                host,
-                "VNode/Train",
-                Hop(self._network_id, vnode, arrival),
-                timeout_s=_FEED_TIMEOUT_S,
-                done=answered,
-            )
+        self._calls.call(
+            host,
+            "VNode/Train",
+            Hop(self._network_id, event),
+            timeout_s=_FEED_TIMEOUT_S,
+            done=answered,
+        )

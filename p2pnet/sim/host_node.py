@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,18 +11,17 @@ from p2pnet.keys import ACCEPTANCE, sha256
 from p2pnet.sim.calls import Calls
 from p2pnet.sim.compute import initial
 from p2pnet.sim.connections import Later
+from p2pnet.sim.crew import Crew, Hop
 from p2pnet.sim.driver import Driver
 from p2pnet.sim.hints import Hints
 from p2pnet.sim.log_client import WasRead
 from p2pnet.sim.machine import Machine
-from p2pnet.sim.trainee import Hop, Trainee
 from p2pnet.v1 import common_pb2, orchestrator_pb2, pnode_pb2, records_pb2, vnode_pb2
 from p2pnet.vnode import tenancy_events as te
 from p2pnet.vnode.admission import Limits
 from p2pnet.vnode.blob_ages import BlobAges
-from p2pnet.vnode.edges import wiring_of
 from p2pnet.vnode.graph import CompiledGraph
-from p2pnet.vnode.messages import Arrival
+from p2pnet.vnode.messages import Arrival, Decided
 from p2pnet.vnode.network import refusal
 from p2pnet.vnode.tenancy import Tenancy
 
@@ -86,10 +85,9 @@ class HostNode(Driver[te.Event, te.Effect]):
         machine = self.machine
         limits = Limits(machine.peer_id, MEMORY_BYTES)
         self.core = Tenancy.load(limits, machine.disk.get(_KNOWN, {}))
-        self.trainees: dict[tuple[str, str], Trainee] = {}
+        self.crews: dict[str, Crew] = {}
         self._ages = BlobAges(dict.fromkeys(self.blobs, machine.now))
         self._locations: dict[str, dict[str, str]] = {}
-        self._seeds: dict[str, int] = {}
         self._asks: dict[int, Callable[[common_pb2.Refusal | None], None]] = {}
         self._ask = 0
         self.booted()
@@ -163,7 +161,6 @@ class HostNode(Driver[te.Event, te.Effect]):
         if no := self.core.refuse_caller(network_id, caller, request.epoch):
             return vnode_pb2.SaveReply(refusal=no)
         later = Later()
-        waiting = dict.fromkeys(request.vnodes)
         refs: dict[str, common_pb2.BlobRef] = {}
 
         def stored(vnode: str, ref: common_pb2.BlobRef | None, why: str) -> None:
@@ -172,16 +169,19 @@ class HostNode(Driver[te.Event, te.Effect]):
                 later.answer(vnode_pb2.SaveReply(refusal=failed))
                 return
             refs[vnode] = ref
-            waiting.pop(vnode, None)
-            if not waiting:
+            if len(refs) == len(request.vnodes):
                 later.answer(vnode_pb2.SaveReply(states=refs))
 
-        for vnode in list(waiting):
-            trainee = self.trainees.get((network_id, vnode))
-            if trainee is None:
-                stored(vnode, None, f"{vnode} is not here")
-                break
-            trainee.save(request.step, partial(self._saved, request, vnode, stored))
+        def saved(states: Mapping[str, bytes] | None, why: str) -> None:
+            for vnode in request.vnodes:
+                state = None if states is None else states.get(vnode)
+                self._saved(request, vnode, stored, state, why)
+
+        crew = self.crews.get(network_id)
+        if crew is None:
+            saved(None, "its VNodes are not here")
+        else:
+            crew.save(request.step, tuple(request.norms), saved)
         return later
 
     def _saved(
@@ -223,17 +223,19 @@ class HostNode(Driver[te.Event, te.Effect]):
 
     def rows(self, network_id: str) -> list[pnode_pb2.HostedVNode]:
         """What is hosted of a network."""
+        crew = self.crews.get(network_id)
+        if crew is None:
+            return []
         return [
             pnode_pb2.HostedVNode(
                 network_id=network_id,
                 vnode=vnode,
-                epoch=trainee.epoch,
-                step=trainee.step,
-                instantiated=trainee.instantiated,
-                error=trainee.error,
+                epoch=crew.epoch,
+                step=crew.step,
+                instantiated=crew.instantiated,
+                error=crew.error,
             )
-            for (net, vnode), trainee in self.trainees.items()
-            if net == network_id
+            for vnode in crew.vnodes
         ]
 
     # Blobs
@@ -292,67 +294,74 @@ class HostNode(Driver[te.Event, te.Effect]):
     # VNodes
 
     def _train(self, caller: str, hop: Hop) -> vnode_pb2.HopReply:
-        no = self.core.refuse(hop.network_id, hop.arrival.epoch, hop.vnode, self._now_here())
-        trainee = self.trainees.get((hop.network_id, hop.vnode))
-        if no is None and trainee is None:
-            no = refusal("REFUSAL_CODE_NOT_HOSTED", f"this peer does not run {hop.vnode}")
-        if no is None and trainee is not None:
-            no = trainee.take(hop.arrival)
+        event, crew = hop.event, self.crews.get(hop.network_id)
+        if isinstance(event, Decided):
+            vnode = crew.vnodes[0] if crew is not None else ""
+        else:
+            vnode = event.node if crew is None else crew.graph.home(event.node)
+        no = self.core.refuse(hop.network_id, event.epoch, vnode, self._now_here())
+        if no is None and crew is None:
+            no = refusal("REFUSAL_CODE_NOT_HOSTED", f"this peer does not run {vnode}")
+        if no is None and crew is not None:
+            no = crew.take(event)
         return vnode_pb2.HopReply(refusal=no)
 
-    def load(self, trainee: Trainee, done: Callable[[bytes | None, str], None]) -> None:
+    def load(self, crew: Crew, vnode: str, done: Callable[[bytes | None, str], None]) -> None:
         """See `Surroundings`."""
-        if trainee.begins_with is not None:
-            self._fetch(trainee.network_id, trainee.begins_with, done)
+        if vnode in crew.begins_with:
+            self._fetch(crew.network_id, crew.begins_with[vnode], done)
         else:
-            done(initial(self._seeds[trainee.network_id], trainee.vnode), "")
+            done(initial(crew.graph.seed, vnode), "")
 
-    def hop(self, trainee: Trainee, to: str, arrival: Arrival) -> None:
+    def hop(self, crew: Crew, arrival: Arrival, done: Callable[[], None]) -> None:
         """See `Surroundings`: as `vnode/courier.py` does it."""
-        self._hop(trainee, to, arrival, 0)
+        self._hop(crew, arrival, done, 0)
 
-    def _hop(self, trainee: Trainee, to: str, arrival: Arrival, tries: int) -> None:
-        network_id = trainee.network_id
+    def _hop(self, crew: Crew, arrival: Arrival, done: Callable[[], None], tries: int) -> None:
+        network_id, to = crew.network_id, crew.graph.home(arrival.node)
         known = self._locations.get(network_id, {})
-        host = known.get(to) or self._look_up(network_id, to, trainee.epoch)
-        if trainee.closed:
+        host = known.get(to) or self._look_up(network_id, to, crew.epoch)
+        if crew.closed:
             return
         if not host or tries >= _TRIES:
-            trainee.trouble(arrival.step, host or "", f"{to} is not to be found")
+            crew.trouble(arrival.step, host or "", f"{to} is not to be found")
             return
 
         def again(delay_s: float) -> None:
-            self.machine.after(delay_s, self._hop, trainee, to, arrival, tries + 1)
+            self.machine.after(delay_s, self._hop, crew, arrival, done, tries + 1)
 
         def answered(reply: vnode_pb2.HopReply | None) -> None:
-            if trainee.closed:
+            if crew.closed:
                 return
             if reply is None:
-                trainee.trouble(arrival.step, host, f"{to}: its host does not answer")
+                crew.trouble(arrival.step, host, f"{to}: its host does not answer")
                 return
             if not reply.HasField("refusal"):
+                done()
                 return
             no = reply.refusal
             stale = (
                 common_pb2.REFUSAL_CODE_STALE_EPOCH,
                 common_pb2.REFUSAL_CODE_UNKNOWN_EPOCH,
             )
-            if no.code in stale and no.epoch > trainee.epoch:
+            if no.code in stale and no.epoch > crew.epoch:
                 return  # the network has moved on
-            if no.code in (*stale, common_pb2.REFUSAL_CODE_BUSY):
+            if no.code == common_pb2.REFUSAL_CODE_BUSY:  # it is there: it is waited for
+                self.machine.after(_BUSY_PAUSE_S, self._hop, crew, arrival, done, tries)
+            elif no.code in stale:
                 again(_BUSY_PAUSE_S * 2**tries)
             elif no.code == common_pb2.REFUSAL_CODE_NOT_HOSTED:
                 known.pop(to, None)
-                if no.host and no.epoch >= trainee.epoch:
+                if no.host and no.epoch >= crew.epoch:
                     known[to] = no.host
                 again(_BUSY_PAUSE_S * 2**tries)
             else:
-                trainee.trouble(arrival.step, host, no.detail)
+                crew.trouble(arrival.step, host, no.detail)
 
         self._calls.call(
             host,
             "VNode/Train",
-            Hop(network_id, to, arrival),
+            Hop(network_id, arrival),
             timeout_s=HOP_TIMEOUT_S,
             done=answered,
         )
@@ -361,10 +370,10 @@ class HostNode(Driver[te.Event, te.Effect]):
         found = self._hints.get(self.machine, f"{network_id}/{vnode}")
         return found[0] if found is not None and found[1] == epoch else ""
 
-    def tell(self, trainee: Trainee, report: orchestrator_pb2.ReportRequest) -> None:
+    def tell(self, crew: Crew, report: orchestrator_pb2.ReportRequest) -> None:
         """See `Surroundings`."""
         self._calls.call(
-            trainee.claimant,
+            crew.claimant,
             "Orchestrator/Report",
             report,
             timeout_s=REPORT_TIMEOUT_S,
@@ -387,10 +396,10 @@ class HostNode(Driver[te.Event, te.Effect]):
                 else:
                     disk[network_id] = data
             case te.Begin(tenant, offer, request):
-                self._end(tenant.network_id, ())
+                self._end(tenant.network_id)
                 self._begin(tenant, offer.graph, request)
-            case te.End(network_id, vnodes):
-                self._end(network_id, vnodes)
+            case te.End(network_id=network_id):
+                self._end(network_id)
             case te.Reply(ask, no):
                 self._asks.pop(ask)(no)
 
@@ -408,28 +417,26 @@ class HostNode(Driver[te.Event, te.Effect]):
         self, tenant: te.Tenant, graph: CompiledGraph, request: pnode_pb2.AllocateRequest
     ) -> None:
         network_id = tenant.network_id
-        self._seeds[network_id] = graph.seed
         self._locations[network_id] = {
-            location.vnode: location.host for location in request.locations
+            location.vnode: location.host for location in request.locations if not location.standby
         }
-        for vnode in request.vnodes:
-            self.trainees[network_id, vnode] = Trainee(
-                self.machine,
-                network_id,
-                tenant.claimant,
-                wiring_of(graph, vnode),
-                epoch=tenant.epoch,
-                base_step=int(request.step),
-                state=request.states.get(vnode),
-                around=self,
-                compute_s=self.compute_s,
-            )
+        self.crews[network_id] = Crew(
+            self.machine,
+            network_id,
+            tenant.claimant,
+            graph,
+            request.vnodes,
+            epoch=tenant.epoch,
+            base_step=int(request.step),
+            states=request.states,
+            around=self,
+            compute_s=self.compute_s,
+        )
 
-    def _end(self, network_id: str, vnodes: tuple[str, ...]) -> None:
-        """Without VNodes named: all."""
-        for key in [key for key in self.trainees if key[0] == network_id]:
-            if not vnodes or key[1] in vnodes:
-                self.trainees.pop(key).close()
+    def _end(self, network_id: str) -> None:
+        crew = self.crews.pop(network_id, None)
+        if crew is not None:
+            crew.close()
 
     # Small things
 

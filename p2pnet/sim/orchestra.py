@@ -36,7 +36,7 @@ from p2pnet.sim.orchestrator_node import OrchestratorNode, Witness
 from p2pnet.sim.views import GossipView, Oracle, View
 from p2pnet.sim.world import World
 from p2pnet.v1 import common_pb2, orchestrator_pb2, records_pb2
-from p2pnet.vnode.draft import Draft, TensorSpec
+from p2pnet.vnode.draft import Draft, Settings, TensorSpec
 from p2pnet.vnode.graph import CompiledGraph, compile_graph
 
 RESUBMIT_S = 8.0
@@ -60,7 +60,7 @@ def chain(name: str, vnodes: int, cut_every: int) -> CompiledGraph:
         loss=Draft("loss", "CrossEntropyLoss", {}, (nodes[-1].id,)),
         optimizer="SGD",
         optimizer_config={"lr": 0.1},
-        cut_every=cut_every,
+        settings=Settings(cut_every=cut_every),
     )
 
 
@@ -302,7 +302,7 @@ class Orchestra(Witness):
             cpus=1.0,
             memory_free_bytes=MEMORY_BYTES - used,
             gflops=self._gflops[machine.number],
-            vnodes=len(host.trainees),
+            vnodes=sum(len(crew.vnodes) for crew in host.crews.values()),
         )
 
     def _accepted(self, network_id: str, vnode: str, host: str, epoch: int, claimant: str) -> None:

@@ -6,6 +6,7 @@ its claim is the log's, and the newest, is `Tenancy`'s to find out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -15,10 +16,10 @@ from p2pnet.dht.service import Serves, anything
 from p2pnet.errors import ForgedError, MalformedError, RemoteError
 from p2pnet.keys import sha256, short
 from p2pnet.log.entry import parse_entry
-from p2pnet.log.history import manifest_grants, placement_of
+from p2pnet.log.history import manifest_grants, placement_of, standbys_of
 from p2pnet.v1 import common_pb2, log_pb2, pnode_pb2, records_pb2
 from p2pnet.vnode.graph import CompiledGraph
-from p2pnet.vnode.network import BATCH_SAMPLES, refusal
+from p2pnet.vnode.network import refusal
 
 LEASE_S_MAX = 3600
 _MISFIT = "what is to be hosted does not fit the network's manifest"
@@ -44,16 +45,18 @@ class Offer:
     opened: records_pb2.Manifest
     graph: CompiledGraph
     sizes: Mapping[str, int]  # VNode -> bytes of memory, with the largest batch
+    following: Mapping[str, int]  # the same, of the VNodes that it would follow
     slot: int  # of its claim; 0: there is none yet
     epoch: int
     claimant: str  # peer id
     claim: bytes  # SHA-256 of the claim's payload
     placement: Mapping[str, str]  # VNode -> host's peer id, of the whole network, as it says
+    standbys: Mapping[str, tuple[str, ...]]  # VNode -> peer ids of who follows it, likewise
 
     @property
     def size_bytes(self) -> int:
         """What all of it takes."""
-        return sum(self.sizes.values())
+        return sum(self.sizes.values()) + sum(self.following.values())
 
 
 def examine(
@@ -70,13 +73,17 @@ def examine(
         signer = keys.verify(keys.LOG_ENTRY, request.claim)
         if entry.WhichOneof("what") != "claim":
             return _bad("an allocation comes with the claim that it is made under")
-        placed = placement_of(entry.claim)
+        placed, followed = placement_of(entry.claim), standbys_of(entry.claim)
     except RemoteError as error:
         return _bad(f"the allocation's claim does not hold: {error}")
     if misfit := _misfit(request, entry, signer, caller):
         return _bad(misfit)
     if sorted(request.vnodes) != [vnode for vnode in placed if placed[vnode] == limits.me]:
         return _bad("the claim places other VNodes on this peer than it is asked to host")
+    if sorted(request.standbys) != [vnode for vnode in followed if limits.me in followed[vnode]]:
+        return _bad("the claim names this peer a standby of other VNodes than it is asked for")
+    if why := _live_misfit(request, offer.graph):
+        return _bad(why)
     hosts_max = offer.opened.limits.hosts_max
     if hosts_max and len(entry.claim.hosts) > hosts_max:
         return _no("NOT_GRANTED", f"the owner of {offer.opened.name} allows {hosts_max} hosts")
@@ -86,6 +93,7 @@ def examine(
         epoch=request.epoch,
         claim=sha256(request.claim.payload),
         placement=placed,
+        standbys=followed,
     )
 
 
@@ -102,11 +110,12 @@ def examine_manifest(
         manifest = open_manifest(request.manifest)
     except RemoteError as error:
         return _bad(str(error))
-    wanted = dict.fromkeys(request.vnodes)
+    following = request.standbys if isinstance(request, pnode_pb2.AllocateRequest) else ()
+    wanted = dict.fromkeys((*request.vnodes, *following))
     if (
         network_id_of(request.manifest) != request.network_id
         or sha256(request.graph) != manifest.spec_digest
-        or not 0 < len(wanted) == len(request.vnodes)
+        or not 0 < len(wanted) == len(request.vnodes) + len(following)
     ):
         return _bad(_MISFIT)
     name = manifest.name
@@ -134,12 +143,14 @@ def examine_manifest(
         manifest=request.manifest,
         opened=manifest,
         graph=graph,
-        sizes={vnode: graph.node(vnode).memory_bytes(BATCH_SAMPLES) for vnode in request.vnodes},
+        sizes={vnode: graph.memory_bytes(vnode) for vnode in request.vnodes},
+        following={vnode: graph.memory_bytes(vnode) for vnode in following},
         slot=0,
         epoch=0,
         claimant=caller,
         claim=b"",
         placement={},
+        standbys={},
     )
 
 
@@ -171,6 +182,22 @@ def _misfit(
         return "the claim carries another network's manifest"
     if entry.claim.epoch != request.epoch:
         return f"the claim has epoch {entry.claim.epoch}, the allocation {request.epoch}"
+    return ""
+
+
+def _live_misfit(request: pnode_pb2.AllocateRequest, graph: CompiledGraph) -> str:
+    """Why the decided step that the VNodes are to go on from in memory cannot be, or ""."""
+    if not request.live_step:
+        return "" if not request.norms else "norms are of a step to go on from, and there is none"
+    if graph.replicas < 2:
+        return "VNodes without standbys go on from the cut"
+    if request.live_step <= request.step:
+        return f"step {request.live_step} is not after the cut, which is of step {request.step}"
+    known = min(request.live_step, graph.staleness + 1) if graph.clip_norm else 0
+    if len(request.norms) > known or not all(
+        math.isfinite(norm) and norm >= 0 for norm in request.norms
+    ):
+        return "the norms of the last decided steps cannot be"
     return ""
 
 

@@ -22,7 +22,14 @@ from collections.abc import (
 from p2pnet import clock
 from p2pnet.data.blobs import BlobStore, NoRoomError, open_state
 from p2pnet.dht.manifest import check_network_id
-from p2pnet.errors import NotFoundError, RemoteError, ResourceError, UnreachableError
+from p2pnet.errors import (
+    ForgedError,
+    NotFoundError,
+    RefusedError,
+    RemoteError,
+    ResourceError,
+    UnreachableError,
+)
 from p2pnet.keys import sha256, short
 from p2pnet.net.handlers import Caller, Method, client_stream, server_stream, unary
 from p2pnet.swarm import Swarm
@@ -99,7 +106,11 @@ class BlobKeeper:
 
         async def copy(peer_id: str) -> None:
             await self._swarm.put_blob(
-                peer_id, data, network_id=network_id, timeout_s=TRANSFER_TIMEOUT_S
+                peer_id,
+                data,
+                network_id=network_id,
+                timeout_s=TRANSFER_TIMEOUT_S,
+                digest=digest,
             )
 
         results = await asyncio.gather(*map(copy, copy_to), return_exceptions=True)
@@ -120,17 +131,26 @@ class BlobKeeper:
         """A state, from here or from a holder; it has the digest that `ref` names.
 
         Raises:
-            UnreachableError: nobody has it.
-            NotFoundError, ResourceError: the store at `state_url` has not got it, or not
-                as it was, or does not answer.
+            RefusedError: with code STATE_LOST: nobody has it. The store at `state_url` has not
+                got it, or spoiled; or so has every peer that held it and is still here.
+            UnreachableError: somebody who may have it does not answer.
+            ResourceError: the store at `state_url` does not answer.
         """
         if state_url:
             shared = open_state(state_url, BLOB_BYTES_MAX)
-            return await asyncio.to_thread(shared.get, ref.digest.hex())
+            try:
+                return await asyncio.to_thread(shared.get, ref.digest.hex())
+            except NotFoundError as error:
+                raise _lost(str(error)) from error
+        unsure = 0  # whether it is lost: those who could have it and have not said no
         try:
             return await asyncio.to_thread(self._store.get, ref.digest.hex())
-        except (NotFoundError, ResourceError):
+        except NotFoundError:
             pass
+        except ResourceError as error:
+            logger.warning("a state that may be here is not to be had: %s", error)
+            unsure += 1
+        here = dict.fromkeys(m.peer_id for m in self._swarm.members() if m.alive)
         for holder in ref.holders:
             if holder == self._swarm.keypair.peer_id:
                 continue
@@ -138,21 +158,26 @@ class BlobKeeper:
                 data = await self._swarm.get_blob(holder, ref.digest, timeout_s=TRANSFER_TIMEOUT_S)
             except RemoteError as error:
                 logger.info("a state is not to be had from %s: %s", short(holder), error)
+                unsure += holder in here and not _has_not(error)
                 continue
             try:
                 await self._keep(network_id, data, ref.digest)
             except ResourceError as error:  # a full disk does not stop the VNode
                 logger.warning("a state could not be kept: %s", error)
             return data
-        raise UnreachableError(f"none of the {len(ref.holders)} peers that held a state has it")
+        if unsure:
+            raise UnreachableError(
+                f"a state is not to be had now: {unsure} of the peers that may have it do not "
+                "answer"
+            )
+        raise _lost(f"none of the {len(ref.holders)} peers that held a state has it")
 
     async def prefetch(
         self, refs: Sequence[common_pb2.BlobRef], network_id: str
     ) -> tuple[bytes, ...]:
         """Fetches states that may soon be wanted; the digests of those that were not here.
 
-        Raises:
-            UnreachableError: nobody has one of them.
+        Raises as `fetch`.
         """
         new = []
         for ref in refs:
@@ -192,8 +217,8 @@ class BlobKeeper:
             data += chunk.data
             if first.size_bytes > BLOB_BYTES_MAX or len(data) > first.size_bytes:
                 return _no(common_pb2.REFUSAL_CODE_BAD_REQUEST, "more bytes than were announced")
-        whole = bytes(data)
-        if first is None or await asyncio.to_thread(sha256, whole) != first.digest:
+        whole, digest = await asyncio.to_thread(finished, data)
+        if first is None or digest != first.digest:
             return _no(common_pb2.REFUSAL_CODE_BAD_REQUEST, "not the bytes that the digest names")
         try:
             await self._keep(first.network_id, whole, first.digest)
@@ -204,7 +229,12 @@ class BlobKeeper:
     async def _get(
         self, request: vnode_pb2.BlobGetRequest, caller: Caller
     ) -> AsyncGenerator[vnode_pb2.BlobChunk, None]:
-        data = await asyncio.to_thread(self._store.get, request.digest.hex())
+        try:
+            data = await asyncio.to_thread(self._store.get, request.digest.hex())
+        except NotFoundError as error:
+            no = refusal(common_pb2.REFUSAL_CODE_STATE_LOST, str(error))
+            yield vnode_pb2.BlobChunk(refusal=no)
+            return
         for chunk in chunks_of(data, request.digest, ""):
             yield chunk
 
@@ -231,6 +261,22 @@ def chunks_of(data: bytes, digest: bytes, network_id: str) -> Iterator[vnode_pb2
     )
     for at in range(CHUNK_BYTES, len(data), CHUNK_BYTES):
         yield vnode_pb2.BlobChunk(data=data[at : at + CHUNK_BYTES])
+
+
+def finished(data: bytearray) -> tuple[bytes, bytes]:
+    """A blob that has come in whole, and its SHA-256. Takes long: for a thread."""
+    whole = bytes(data)
+    return whole, sha256(whole)
+
+
+def _lost(detail: str) -> RefusedError:
+    return RefusedError(detail, code=common_pb2.REFUSAL_CODE_STATE_LOST)
+
+
+def _has_not(error: RemoteError) -> bool:
+    """Whether a peer has shown that it has not got a state, nor ever will by itself."""
+    lost = isinstance(error, RefusedError) and error.code == common_pb2.REFUSAL_CODE_STATE_LOST
+    return lost or isinstance(error, ForgedError)
 
 
 def _no(code: common_pb2.RefusalCode, detail: str) -> vnode_pb2.BlobPutReply:

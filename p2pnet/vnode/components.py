@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,37 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from p2pnet.errors import MalformedError, ResourceError
-from p2pnet.vnode.catalogue import LOSSES, find_component
+from p2pnet.vnode.catalogue import LOCAL_HEAD, LOSSES, TIED, find_component
 from p2pnet.vnode.config import fill
 from p2pnet.vnode.messages import Metrics
+from p2pnet.vnode.modules import CACHED, MODULES, Cache, Embedding, LocalHead
 from p2pnet.vnode.optimizers import Optimizer
+from p2pnet.vnode.rules import DoesNotFit, as_int
 from p2pnet.vnode.state import BUFFER, OPTIMIZER, PARAM, Expected, check_state
 from p2pnet.vnode.tensors import Array
 
-
-class Add(nn.Module):
-    """The sum of its inputs, in slot order."""
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        total = inputs[0]
-        for other in inputs[1:]:
-            total = total + other
-        return total
-
-
-_MODULES: dict[str, Callable[..., nn.Module]] = {
-    "Linear": nn.Linear,
-    "LayerNorm": nn.LayerNorm,
-    "Flatten": nn.Flatten,
-    "ReLU": nn.ReLU,
-    "GELU": nn.GELU,
-    "Tanh": nn.Tanh,
-    "Sigmoid": nn.Sigmoid,
-    "Softmax": nn.Softmax,
-    "Add": Add,
-    "MSELoss": nn.MSELoss,
-    "CrossEntropyLoss": nn.CrossEntropyLoss,
-}
+_CPU = torch.device("cpu")
 
 
 def init_seed(seed: int, vnode: str) -> int:
@@ -66,20 +45,49 @@ def init_seed(seed: int, vnode: str) -> int:
     return int.from_bytes(digest[:8], "big")
 
 
+def draw_seed(seed: int, node: str, step: int, micro_batch: int) -> int:
+    """What torch's generator is seeded with before a forward that draws (Dropout).
+
+    As `init_seed`, over the four in decimal and UTF-8 with zero bytes between (DESIGN D11).
+    """
+    digest = hashlib.sha256(f"{seed}\0{node}\0{step}\0{micro_batch}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def gradient_squares(gradients: Sequence[Tensor]) -> list[float]:
+    """The square of each gradient's norm, of the norm as torch computes it in float32.
+
+    Their sum's root is what torch.nn.utils.clip_grad_norm_ takes for the global norm.
+    """
+    if not gradients:
+        return []
+    norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+    return [norm * norm for norm in norms.tolist()]
+
+
 @dataclass(slots=True)
 class _Pass:
     """What a forward leaves for its backward: this component's own piece of autograd graph."""
 
     leaves: list[Tensor]
     output: Tensor
+    params: list[Tensor]  # as the forward had them
 
 
 class Component:
     """A module of the closed catalogue with its optimizer. Not thread-safe.
 
+    Tensors come and go in the CPU's memory, wherever it computes.
+
     Args:
         config, optimizer_config: torch's keyword arguments; what is not given is the default.
-        optimizer: SGD or Adam; of no use to a component without parameters.
+        optimizer: SGD, Adam or AdamW; of no use to a component without parameters.
+        device: where it computes, as torch names it: "cpu", "cuda:0".
+        stash: a forward's weights are kept until its backward, whatever is applied meanwhile.
+
+    Attributes:
+        is_loss: it takes "y", gives one number, and its backward begins with it.
+        draws: a forward draws random numbers, by `draw`.
 
     Raises:
         SpecError: an unknown type, or a config that it does not take.
@@ -95,57 +103,96 @@ class Component:
         seed: int,
         optimizer: str = "SGD",
         optimizer_config: Mapping[str, object] | None = None,
+        device: str = "cpu",
+        stash: bool = False,
     ) -> None:
-        kind = LOSSES[type] if type in LOSSES else find_component(vnode, type)
-        keywords = fill(vnode, kind.keys, config)
+        self._kind = None if type in LOSSES else find_component(vnode, type)
+        keys = LOSSES[type].keys if self._kind is None else self._kind.keys
+        self._config = fill(vnode, keys, config)
         self.vnode = vnode
         self.type = type
-        self.is_loss = type in LOSSES
+        self.is_loss = self._kind is None or type == LOCAL_HEAD
+        self.draws = any(self._config.get(key, 0.0) for key in ("p", "dropout"))
+        self._device = torch.device(device)
+        self._stash = stash
         with torch.random.fork_rng(devices=[]), self._memory():
             torch.manual_seed(init_seed(seed, vnode))
-            self._module = _MODULES[type](**keywords)
+            self._module = MODULES[type](**self._config).to(self._device)
+        # What a forward in training changes, or does otherwise than in inference.
+        self._buffers = dict(self._module.named_buffers())
+        self._has_modes = self.draws or bool(self._buffers)
         self._params = dict(self._module.named_parameters())
         self._optimizer = Optimizer(optimizer, optimizer_config or {})
         self._passes: dict[Hashable, _Pass] = {}
+        self._pending: dict[str, Tensor] = {}  # buffers as the forwards since have made them
+
+    @property
+    def params(self) -> Mapping[str, Tensor]:
+        """The parameters by torch's names, in torch's order: that of their gradients."""
+        return self._params
 
     @torch.no_grad()
-    def infer(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The output, with nothing kept for a backward. Raises as `forward`."""
-        self._check(inputs)
-        with self._inputs_fit(inputs):
-            output: Tensor = self._module(*inputs)
-        return output
+    def infer(
+        self, inputs: Sequence[Tensor], *, entry: int = 0, cache: Cache | None = None
+    ) -> Tensor:
+        """The output as in torch's eval mode, with nothing kept for a backward.
+
+        `cache` is one of `new_cache`: the inputs are the next part of its sequence then.
+        Raises as `forward`.
+        """
+        self._check(inputs, entry, 0 if cache is None else cache.tokens)
+        with self._inputs_fit(inputs), self._evaluating():
+            here = [tensor.to(self._device) for tensor in inputs]
+            output = self._compute(here, entry, cache)
+        return output.to(_CPU)
+
+    def new_cache(self) -> Cache | None:
+        """For a sequence that will come in parts; None if the component needs none."""
+        if self.type not in CACHED or not self._config.get("causal", True):
+            return None
+        return Cache()
 
     def forward(
-        self, key: Hashable, inputs: Sequence[Tensor], wants_gradient: Sequence[bool] | None = None
+        self,
+        key: Hashable,
+        inputs: Sequence[Tensor],
+        wants_gradient: Sequence[bool] | None = None,
+        *,
+        entry: int = 0,
+        draw: int = 0,
     ) -> tuple[Tensor, Metrics | None]:
         """The output, and for a loss what it says of the batch.
 
         `key` names the pass until its `backward` (a step's micro-batch); a new
         pass of that name takes the old one's place. `wants_gradient` says for which
         inputs somebody upstream waits; by default for all. Inputs of whole numbers
-        have none.
+        have none. `entry` 1 and on are those by a tied weight. `draw` seeds what is random.
+        Buffers that it changes are *held* too, see `held_buffers`.
 
         Raises:
             MalformedError: inputs that the component cannot take.
             ResourceError: not enough memory.
         """
-        self._check(inputs)
+        self._check(inputs, entry)
         wanted = wants_gradient or [True] * len(inputs)
         leaves = [
-            tensor.detach().requires_grad_(want and tensor.is_floating_point())
+            tensor.detach().to(self._device).requires_grad_(want and tensor.is_floating_point())
             for tensor, want in zip(inputs, wanted, strict=True)
         ]
-        with torch.enable_grad(), self._inputs_fit(leaves):
-            output: Tensor = self._module(*leaves)
-        self._passes[key] = _Pass(leaves, output)
-        return output.detach(), self._metrics(leaves, output) if self.is_loss else None
+        with torch.enable_grad(), self._inputs_fit(inputs), self._drawing(draw), self._holding():
+            if self.is_loss:
+                output, metrics = self._loss(*leaves)
+            else:
+                output, metrics = self._compute(leaves, entry), None
+        self._passes[key] = _Pass(leaves, output, list(self._params.values()))
+        return output.detach().to(_CPU), metrics
 
     def backward(
         self, key: Hashable, gradients: Sequence[Tensor], weight: float = 1.0
     ) -> tuple[list[Tensor | None], list[Tensor]]:
         """The gradients of the inputs (None where not wanted) and of the parameters.
 
+        Of all parameters, in their order, by whichever entry the forward went.
         Gradients of the output are summed in the order given. A loss takes none and
         starts with `weight`, its micro-batch's share of the samples. Nothing is applied.
 
@@ -166,32 +213,65 @@ class Component:
             total = gradients[0]
             for gradient in gradients[1:]:
                 total = total + gradient
-        targets = [leaf for leaf in done.leaves if leaf.requires_grad]
-        targets += self._params.values()
+        targets = [leaf for leaf in done.leaves if leaf.requires_grad] + done.params
         found: list[Tensor] = []
         if targets:
             with self._memory():
-                found = list(torch.autograd.grad(output, targets, total))
+                found = list(torch.autograd.grad(output, targets, total.to(self._device)))
         del self._passes[key]
-        rest = iter(found)
+        rest = iter(tensor.to(_CPU) for tensor in found)
         inputs = [next(rest) if leaf.requires_grad else None for leaf in done.leaves]
         return inputs, list(rest)
 
-    def apply(self, gradients: Sequence[Tensor]) -> None:
-        """One step of the optimizer with the parameters' gradients, in torch's order of them."""
+    def discard(self, key: Hashable) -> None:
+        """Drops the pass of that name, if there is one: it gets no backward."""
+        self._passes.pop(key, None)
+
+    def held_buffers(self) -> dict[str, Tensor]:
+        """Copies of the buffers as the forwards since the last `apply` have made them."""
+        return {name: tensor.to(_CPU, copy=True) for name, tensor in self._pending.items()}
+
+    def apply(
+        self,
+        gradients: Sequence[Tensor],
+        *,
+        norm: float = 0.0,
+        clip_norm: float = 0.0,
+        buffers: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """One step of the optimizer with the parameters' gradients, in torch's order of them.
+
+        With a `clip_norm`, they are scaled as torch.nn.utils.clip_grad_norm_ does it for the
+        global norm `norm`. `buffers` become the state's; by default those that are held.
+        """
         if self._params:
-            self._optimizer.step(self._params, gradients)
+            here = [gradient.to(self._device) for gradient in gradients]
+            if clip_norm:
+                scale = clip_scale(norm, clip_norm)
+                here = [gradient * scale for gradient in here]
+            if self._stash:
+                self._renew()
+            self._optimizer.step(self._params, here)
+        adopted = self._pending if buffers is None else buffers
+        if adopted:
+            for name, tensor in adopted.items():
+                self._buffers[name].copy_(tensor)
+        if not self._stash:
+            self._pending = {}
 
     def forget(self) -> None:
-        """Drops every pass that waits for its backward."""
+        """Drops every pass that waits for its backward, and the buffers that are held."""
         self._passes.clear()
+        self._pending = {}
 
     def state(self) -> dict[str, Array]:
         """Copies of parameters, buffers and the optimizer's state, named as in `state`."""
         tensors = self._weights()
         for name, kept in self._optimizer.state.items():
             tensors |= {f"{OPTIMIZER}{name}.{key}": tensor for key, tensor in kept.items()}
-        return {name: np.array(tensor.detach().numpy()) for name, tensor in tensors.items()}
+        return {
+            name: np.array(tensor.detach().to(_CPU).numpy()) for name, tensor in tensors.items()
+        }
 
     def load(self, tensors: Mapping[str, Array], step: int) -> None:
         """Takes a state, all of it or nothing of it.
@@ -209,13 +289,16 @@ class Component:
         for _, key, name, _ in kept:
             if key == "step" and not _is_count(float(tensors[name])):
                 raise MalformedError(f"a state's {name} is {tensors[name]}: no count of steps")
+        if self._stash:
+            self._renew()
         with torch.no_grad():
             for name, tensor in self._weights().items():
                 tensor.copy_(torch.from_numpy(np.array(tensors[name])))
         self._optimizer.state = {}
         for param, key, name, _ in kept:
             state = self._optimizer.state.setdefault(param, {})
-            state[key] = torch.from_numpy(np.array(tensors[name]))
+            kept_tensor = torch.from_numpy(np.array(tensors[name]))
+            state[key] = kept_tensor if key == "step" else kept_tensor.to(self._device)
         self.forget()
 
     def _kept(self) -> list[tuple[str, str, str, tuple[int, ...]]]:
@@ -228,37 +311,137 @@ class Component:
 
     def _weights(self) -> dict[str, Tensor]:
         params = {PARAM + name: param for name, param in self._params.items()}
-        buffers = {BUFFER + name: buffer for name, buffer in self._module.named_buffers()}
+        buffers = {BUFFER + name: buffer for name, buffer in self._buffers.items()}
         return {**params, **buffers}
 
-    def _check(self, inputs: Sequence[Tensor]) -> None:
-        """What torch would take, but not as meant: it broadcasts, and ignores some targets."""
+    def _compute(self, inputs: Sequence[Tensor], entry: int, cache: Cache | None = None) -> Tensor:
+        output: Tensor
+        if entry:
+            assert isinstance(self._module, Embedding)
+            output = self._module.scores(*inputs)
+        elif cache is not None:
+            output = self._module(*inputs, cache=cache)
+        else:
+            output = self._module(*inputs)
+        return output
+
+    def _loss(self, given: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
+        """The loss, and what it says: of classes, how many were right."""
+        prediction, measure = given, self._module
+        if isinstance(self._module, LocalHead):
+            prediction, measure = self._module.predict(given, target), self._module.loss
+        loss: Tensor = measure(prediction, target)
+        value = float(loss.detach())
+        if target.is_floating_point():
+            return loss, Metrics(value, 0, len(target))
+        guess = prediction.detach().argmax(dim=as_int(self._config["class_dim"]))
+        return loss, Metrics(value, int((guess == target).sum()), target.numel())
+
+    def _renew(self) -> None:
+        """Other tensors for the same parameters: what is stepped in place is not an old pass's."""
+        for name, param in self._params.items():
+            path, _, last = name.rpartition(".")
+            fresh = nn.Parameter(param.detach().clone())
+            setattr(self._module.get_submodule(path), last, fresh)
+            self._params[name] = fresh
+
+    def _check(self, inputs: Sequence[Tensor], entry: int = 0, before: int = 0) -> None:
+        """What torch would take, but not as meant: it broadcasts, and ignores some targets.
+
+        `before`: the tokens of the sequence that there were already.
+        """
         first = inputs[0]
-        if any(tensor.ndim == 0 or len(tensor) != len(first) for tensor in inputs):
+        alike = all(tensor.ndim and len(tensor) == len(first) for tensor in inputs)
+        if not alike or not len(first):
             raise self._misfit(inputs)
-        alike = all(tensor.shape == first.shape for tensor in inputs)
-        if self.type in ("Add", "MSELoss") and not alike:
+        kind = TIED if entry else self._kind
+        whole = kind is not None and kind.whole
+        if first.dtype != (torch.int64 if whole else torch.float32):
             raise self._misfit(inputs)
-        if self.is_loss and (len(inputs) != 2 or not inputs[1].numel()):
-            raise self._misfit(inputs)
-        if self.type == "CrossEntropyLoss":
-            target = inputs[1]
-            if first.ndim < 2 or target.dtype != torch.int64:
+        shapes = tuple(tuple(tensor.shape[1:]) for tensor in inputs)
+        try:
+            if kind is None:
+                self._check_loss(inputs, shapes)
+            elif not kind.inputs_min <= len(inputs) <= kind.inputs_max:
                 raise self._misfit(inputs)
-            low, high = int(target.min()), int(target.max())
-            if low < 0 or high >= first.shape[1]:
+            else:
+                kind.shape(self._config, shapes)
+        except DoesNotFit:
+            raise self._misfit(inputs) from None
+        if self.type == LOCAL_HEAD:
+            classes = self._config["loss"] == "CrossEntropyLoss"
+            if inputs[1].dtype != (torch.int64 if classes else torch.float32):
+                raise self._misfit(inputs)
+            if classes:
+                self._check_range(
+                    inputs[1], as_int(self._config["out_features"]), "class", "classes"
+                )
+        elif any(tensor.dtype != first.dtype for tensor in inputs) and not self.is_loss:
+            raise self._misfit(inputs)
+        if whole:
+            self._check_range(first, as_int(self._config["num_embeddings"]), "token", "tokens")
+        if self.type == "PositionalEmbedding":
+            most = as_int(self._config["num_embeddings"])
+            if before + first.shape[1] > most:
                 raise MalformedError(
-                    f"{self.vnode} got classes {low} to {high} for a prediction of "
-                    f"{first.shape[1]} classes: they have to be 0 to {first.shape[1] - 1}"
+                    f"{self.vnode} knows {most} places, and the sequence has now "
+                    f"{before + first.shape[1]} tokens"
                 )
 
-    def _metrics(self, inputs: Sequence[Tensor], loss: Tensor) -> Metrics:
-        prediction, target = inputs
-        value = float(loss.detach())
-        if self.type != "CrossEntropyLoss":
-            return Metrics(value, 0, len(target))
-        correct = int((prediction.detach().argmax(dim=1) == target).sum())
-        return Metrics(value, correct, target.numel())
+    def _check_loss(self, inputs: Sequence[Tensor], shapes: tuple[tuple[int, ...], ...]) -> None:
+        if len(inputs) != 2 or not inputs[1].numel():
+            raise self._misfit(inputs)
+        shape, dtype = LOSSES[self.type].target(self._config, shapes[0])
+        if shapes[1] != shape or inputs[1].dtype != getattr(torch, dtype):
+            raise self._misfit(inputs)
+        if dtype == "int64":
+            classes = inputs[0].shape[as_int(self._config["class_dim"])]
+            self._check_range(inputs[1], classes, "class", "classes")
+
+    def _check_range(self, numbers: Tensor, count: int, one: str, many: str) -> None:
+        low, high = int(numbers.min()), int(numbers.max())
+        if low < 0 or high >= count:
+            raise MalformedError(
+                f"{self.vnode} got {many} {low} to {high} where there are {count} {many}: "
+                f"each {one} has to be 0 to {count - 1}"
+            )
+
+    @contextmanager
+    def _drawing(self, draw: int) -> Iterator[None]:
+        if not self.draws:
+            yield
+            return
+        devices = [] if self._device.type == "cpu" else [self._device]
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(draw)
+            yield
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        """A forward sees the buffers as the last one left them, and the state's stay."""
+        own = self._buffers
+        if not own:
+            yield
+            return
+        # Each has its own copy: what a backward looks back at must not change.
+        fresh = {name: self._pending.get(name, tensor).clone() for name, tensor in own.items()}
+        try:
+            self._module._buffers.update(fresh)
+            yield
+            self._pending = fresh
+        finally:
+            self._module._buffers.update(own)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        if not self._has_modes:
+            yield
+            return
+        self._module.eval()
+        try:
+            yield
+        finally:
+            self._module.train()
 
     @contextmanager
     def _inputs_fit(self, inputs: Sequence[Tensor]) -> Iterator[None]:
@@ -284,6 +467,12 @@ class Component:
         return MalformedError(f"{self.vnode} ({self.type}) cannot take {given}")
 
 
+def clip_scale(norm: float, clip_norm: float) -> float:
+    """What gradients are multiplied by: torch.nn.utils.clip_grad_norm_'s, in float32 as there."""
+    total = torch.tensor(norm, dtype=torch.float32)
+    return float(torch.clamp(clip_norm / (total + 1e-6), max=1.0))
+
+
 def _is_count(value: float) -> bool:
     return math.isfinite(value) and value >= 0 and value.is_integer()
 
@@ -297,5 +486,7 @@ def _form(tensor: Tensor) -> str:
 
 
 def _no_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
     # torch has no exception of its own for the CPU's memory
-    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+    return "DefaultCPUAllocator" in str(error)

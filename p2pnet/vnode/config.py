@@ -27,6 +27,7 @@ class Key:
     expected: str
     parse: Callable[[object], Value]
     default: Value | None = None  # None: it has to be given
+    as_key: str = ""  # where it is not given, it is what this earlier key is
 
 
 def fill(where: str, keys: tuple[Key, ...], given: Mapping[str, object]) -> dict[str, Value]:
@@ -49,6 +50,8 @@ def fill(where: str, keys: tuple[Key, ...], given: Mapping[str, object]) -> dict
                 raise SpecError(
                     f"{where} expects {key.name} to be {key.expected}, not {given[key.name]!r}"
                 ) from None
+        elif key.as_key:
+            config[key.name] = config[key.as_key]
         elif key.default is not None:
             config[key.name] = key.default
         else:
@@ -107,6 +110,49 @@ def choice(name: str, *choices: str) -> Key:
         return value
 
     return Key(name, " or ".join(map(repr, choices)), parse, choices[0])
+
+
+def pair(name: str, low: int = 1, default: int | None = None, as_key: str = "") -> Key:
+    """A height and a width, whole numbers from `low`; a bare number stands for both."""
+
+    def parse(value: object) -> tuple[int, ...]:
+        items = value if isinstance(value, list | tuple) else [value, value]
+        if len(items) != 2:
+            raise ValueError
+        for item in items:
+            if type(item) is not int or not low <= item <= LENGTH_MAX:
+                raise ValueError
+        return tuple(items)
+
+    usual = None if default is None else (default, default)
+    return Key(name, f"a whole number of at least {low}, or two of them", parse, usual, as_key)
+
+
+def whole_numbers(name: str, low: int, high: int, default: tuple[int, ...] | None = None) -> Key:
+    """1 to 8 whole numbers, each of low..high; a bare number stands for one."""
+
+    def parse(value: object) -> tuple[int, ...]:
+        items = value if isinstance(value, list | tuple) else [value]
+        if not 1 <= len(items) <= DIMS_MAX:
+            raise ValueError
+        for item in items:
+            if type(item) is not int or not low <= item <= high:
+                raise ValueError
+        return tuple(items)
+
+    expected = f"1 to {DIMS_MAX} whole numbers of {low} to {high}"
+    return Key(name, expected, parse, default)
+
+
+def factor(name: str) -> Key:
+    """Any number but an infinite one."""
+
+    def parse(value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError
+        return math.copysign(_finite(abs(value)), value)
+
+    return Key(name, "a number", parse)
 
 
 def lengths(name: str) -> Key:

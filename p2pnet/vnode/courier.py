@@ -1,27 +1,41 @@
 """A shell: carries a message to a VNode, wherever that lives now.
 
 Where it lives is in a cache (filled by the orchestrator's hints); what the cache
-lacks, or turns out to have wrong, is asked of the DHT.
+lacks, or turns out to have wrong, is asked of the DHT. A host that is busy is waited
+for: so a slow VNode slows down those who send to it, and they hold no more than a few
+messages for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from p2pnet.errors import P2PNetError, RemoteError
-from p2pnet.keys import short
+from p2pnet.keys import sha256, short
+from p2pnet.net.hop_frames import Buffer
 from p2pnet.swarm import Swarm
 from p2pnet.v1 import common_pb2, vnode_pb2
+from p2pnet.vnode.choosing import CodecChooser
 from p2pnet.vnode.network import HostedNetwork
+
+if TYPE_CHECKING:
+    from p2pnet.vnode.tensors import Array
 
 logger = logging.getLogger(__name__)
 
-HOP_TIMEOUT_S = 5.0
+HOP_TIMEOUT_S = 5.0  # and as long as the payload takes ...
+SLOWEST_BYTES_S = 1 << 20  # ... on a slow line
 LOOKUP_TIMEOUT_S = 3.0
+BUSY_LIMIT_S = 60.0  # how long a host that is there may have no room
+UNDER_WAY_MAX = 8  # over one edge; more wait for one to arrive
+PACKED_BYTES_MIN = 256 << 10  # larger ones are packed away from the loop
 _TRIES = 4
 _BUSY_PAUSE_S = 0.02
+_BUSY_PAUSE_S_MAX = 0.5
 _ELSEWHERE = (
     common_pb2.REFUSAL_CODE_STALE_EPOCH,
     common_pb2.REFUSAL_CODE_UNKNOWN_EPOCH,
@@ -30,6 +44,7 @@ _ELSEWHERE = (
 
 Hop = vnode_pb2.TrainRequest | vnode_pb2.ForwardRequest
 Here = Callable[[], Awaitable[common_pb2.Refusal | None]]
+Edge = tuple[str, str, str]  # network id, and whose message for whom
 
 
 class EpochOver(Exception):
@@ -49,37 +64,78 @@ class Courier:
 
     def __init__(self, swarm: Swarm) -> None:
         self._swarm = swarm
+        self._chooser = CodecChooser()
+        self._under_way: dict[Edge, tuple[asyncio.Semaphore, int]] = {}  # and its users
+
+    async def encode(
+        self, net: HostedNetwork, node: str, array: Array, codec: common_pb2.Codec
+    ) -> tuple[common_pb2.Tensor, Buffer]:
+        """A tensor for a node as it should travel; see `tensors.encode`.
+
+        AUTO is what gets it there sooner, as far as it has been measured.
+        """
+        from p2pnet.vnode.tensors import AUTO, RAW, encode, probe
+
+        if codec == AUTO:
+            there = net.locations.get(net.graph.home(node), "")
+            if self._chooser.wants_sample(there, node, array.nbytes):
+                began = self._swarm.now()
+                size_bytes, left = probe(array.reshape(-1))
+                self._chooser.sampled(node, size_bytes, left, self._swarm.now() - began)
+            packs = self._chooser.compresses(there, node, array.nbytes)
+            codec = common_pb2.CODEC_ZSTD if packs else RAW
+        if codec == RAW or array.nbytes < PACKED_BYTES_MIN:
+            return encode(array, codec)
+        return await asyncio.to_thread(encode, array, codec)
 
     async def send(
-        self,
-        net: HostedNetwork,
-        method: str,
-        request: Hop,
-        here: Here,
+        self, net: HostedNetwork, request: Hop, payload: Buffer | None, here: Here
     ) -> None:
-        """Delivers `request` to its VNode; `here` does so if it turns out to live on this host.
+        """Delivers `request` to its node; `here` does so if that turns out to live on this host.
 
         A forward pass follows its VNode into a newer epoch, and `request` then says that
-        epoch; a training step ends with the epoch that it belongs to.
+        epoch; a training step ends with the epoch that it belongs to. A forward pass may also
+        go to a VNode's standby; all parts of one, and of one session, to the same.
 
         Raises:
             HopFailed: it could not be delivered.
             EpochOver: the network has moved on.
         """
-        vnode = request.vnode
-        epoch, there = net.epoch, net.locations.get(vnode, "")
-        for attempt in range(_TRIES):
+        async with self._turn((net.network_id, request.source, request.vnode)):
+            await self._send(net, request, payload, here)
+
+    async def _send(
+        self, net: HostedNetwork, request: Hop, payload: Buffer | None, here: Here
+    ) -> None:
+        vnode = net.graph.home(request.vnode)
+        epoch = net.epoch
+        candidates = _candidates(net, vnode, request)
+        there = candidates.pop(0) if candidates else ""
+        loop = asyncio.get_running_loop()
+        tries, busy_until, pause_s = 0, loop.time() + BUSY_LIMIT_S, _BUSY_PAUSE_S
+        while tries < _TRIES:
             if not there:
                 there, found = await self.locate(net, vnode, epoch)
                 epoch = _follow(request, net, found)
-            refusal = await self._deliver(there, method, request, here)
+            try:
+                refusal = await self._deliver(there, request, payload, here)
+            except HopFailed:
+                if not candidates:
+                    raise
+                there = candidates.pop(0)
+                continue
             if refusal is None:
                 return
-            if refusal.code == common_pb2.REFUSAL_CODE_BUSY:
-                await asyncio.sleep(_BUSY_PAUSE_S * 2**attempt)
+            if refusal.code == common_pb2.REFUSAL_CODE_BUSY and loop.time() < busy_until:
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _BUSY_PAUSE_S_MAX)
                 continue
             if refusal.code not in _ELSEWHERE:
                 raise HopFailed(there, refusal.detail)
+            tries += 1
+            if candidates and refusal.epoch <= epoch:
+                there = candidates.pop(0)
+                continue
             net.locations.pop(vnode, None)
             there = ""
             if refusal.epoch > epoch:
@@ -90,7 +146,7 @@ class Courier:
                     there = refusal.host
             else:
                 # Older than ours: that host hears of ours in a moment, or was left out of it.
-                await asyncio.sleep(_BUSY_PAUSE_S * 2**attempt)
+                await asyncio.sleep(_BUSY_PAUSE_S * 2**tries)
             if there and epoch == net.epoch:
                 net.locations[vnode] = there
         raise HopFailed(net.locations.get(vnode, ""), f"{vnode} is not to be found")
@@ -128,20 +184,55 @@ class Courier:
                 return str(allocation.host), epoch
         raise HopFailed("", f"the DHT does not know where {vnode} lives")
 
+    @asynccontextmanager
+    async def _turn(self, edge: Edge) -> AsyncIterator[None]:
+        turns, users = self._under_way.get(edge) or (asyncio.Semaphore(UNDER_WAY_MAX), 0)
+        self._under_way[edge] = turns, users + 1
+        try:
+            async with turns:
+                yield
+        finally:
+            turns, users = self._under_way[edge]
+            if users == 1:
+                del self._under_way[edge]
+            else:
+                self._under_way[edge] = turns, users - 1
+
     async def _deliver(
-        self, host: str, method: str, request: Hop, here: Here
+        self, host: str, request: Hop, payload: Buffer | None, here: Here
     ) -> common_pb2.Refusal | None:
+        size_bytes = 0 if payload is None else len(payload)
         try:
             if host == self._swarm.keypair.peer_id:
                 return await here()
-            reply = await self._swarm.call(
-                host, method, request, vnode_pb2.HopReply, timeout_s=HOP_TIMEOUT_S
+            began = self._swarm.now()
+            reply, _ = await self._swarm.hop(
+                host, request, payload, timeout_s=HOP_TIMEOUT_S + size_bytes / SLOWEST_BYTES_S
             )
         except RemoteError as error:
             raise HopFailed(host, str(error)) from None
         except P2PNetError as error:  # our own trouble, which nobody else is to be blamed for
             raise HopFailed("", str(error)) from None
-        return reply.refusal if reply.HasField("refusal") else None
+        if reply.HasField("refusal"):
+            return reply.refusal
+        self._chooser.delivered(host, size_bytes, self._swarm.now() - began)
+        return None
+
+
+def _candidates(net: HostedNetwork, vnode: str, request: Hop) -> list[str]:
+    """Who has a VNode, as far as it is known, best first.
+
+    Of a forward pass everybody has to choose alike, for its parts meet there: by rendezvous
+    hashing (Thaler and Ravishankar, 1998) of its id, or of its session's.
+    """
+    primary = net.locations.get(vnode, "")
+    if not primary:
+        return []
+    if not isinstance(request, vnode_pb2.ForwardRequest):
+        return [primary]
+    key = request.session or request.request_id
+    hosts = (primary, *net.standbys.get(vnode, ()))
+    return sorted(hosts, key=lambda host: sha256(key + host.encode()))
 
 
 def _follow(request: Hop, net: HostedNetwork, epoch: int) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from p2pnet.errors import SpecError
-from p2pnet.vnode.catalogue import Shape, show
+from p2pnet.vnode.catalogue import LOCAL_HEAD, Shape, show
 from p2pnet.vnode.config import DIMS_MAX, LENGTH_MAX
 
 NODES_MAX = 10_000
@@ -19,8 +19,17 @@ NODE_BYTES_MAX = 1 << 50
 CUT_EVERY = 20  # steps
 CUT_EVERY_MAX = 10_000
 SEED_MAX = 2**63 - 1
+MICRO_BATCHES_MAX = 64
+BATCH_MAX = 1024  # samples
+STALENESS_MAX = 8  # steps
+REPLICAS_MAX = 3
+CHAIN, LOCAL = "chain", "local"
+CODECS = ("auto", "raw", "zstd", "fp16", "int8")
+# How many steps may be under way at a time: one is applied while the next is fed.
+CHAIN_WINDOW, LOCAL_WINDOW = 2, 32
 TARGET = "y"  # the name of the loss's second input
-DTYPE = "float32"  # of everything but a classification's target
+DTYPE = "float32"  # of everything but tokens and a classification's target
+WHOLE_DTYPE = "int64"  # of those
 DTYPE_BYTES = {"float32": 4, "int64": 8}
 
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")  # never "." or ".."
@@ -48,6 +57,79 @@ class Draft:
     config: Mapping[str, object]
     inputs: tuple[str, ...]
     group: str = ""  # nodes of one group live on one host; "": wherever
+    tied: str = ""  # the Embedding whose weight it takes for its own
+    codec: str = ""  # of what it gives, on the wire; "": the network's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How a network is trained, beside what it is.
+
+    Attributes:
+        learning: "chain", by the gradients of the one loss, or "local", every block by
+            a head of its own (`vnode.local`).
+        micro_batches: how many parts a batch is fed in, 1 to 64.
+        cut_every: steps between two commits.
+        batch_max: the largest batch, in samples; hosts lend memory for as much.
+        clip_norm: the gradients' global norm is clipped to it; 0: it is not.
+        staleness: how many steps older than the newest the weights of a forward may be.
+        replicas: how many hosts follow a VNode's training, the one that does it included.
+        codec: of tensors on the wire.
+    """
+
+    learning: str = CHAIN
+    seed: int = 0
+    micro_batches: int = 1
+    cut_every: int = CUT_EVERY
+    batch_max: int = BATCH_MAX
+    clip_norm: float = 0.0
+    staleness: int = 0
+    replicas: int = 1
+    codec: str = CODECS[0]
+
+    @property
+    def window(self) -> int:
+        """How many steps the feeder may have under way at a time."""
+        if self.learning == LOCAL:
+            return min(LOCAL_WINDOW, self.cut_every)  # hosts keep the states of two cuts
+        return CHAIN_WINDOW + self.staleness
+
+    def check(self) -> None:
+        """Raises SpecError, one sentence, if a setting is out of its range or at odds."""
+        if self.learning not in (CHAIN, LOCAL):
+            raise SpecError(f"learning is chain or local, not {self.learning[:64]!r}")
+        for name, low, high, unit in _RANGES:
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high:
+                raise SpecError(f"{name} is {unit}, {low} to {high}, not {value!r}")
+        if type(self.clip_norm) is not float or not 0 <= self.clip_norm < math.inf:
+            raise SpecError(f"clip_norm is a number of at least 0, not {self.clip_norm!r}")
+        if self.codec not in CODECS:
+            raise SpecError(f"codec is {', '.join(CODECS)}, not {self.codec[:64]!r}")
+        if self.batch_max < self.micro_batches:
+            raise SpecError(
+                f"batch_max={self.batch_max} samples cannot be split into "
+                f"micro_batches={self.micro_batches}"
+            )
+        for name in ("clip_norm", "staleness"):
+            if self.learning != CHAIN and getattr(self, name):
+                raise SpecError(
+                    f"{name} needs learning: chain, as local learning has no global step"
+                )
+        if self.learning != CHAIN and self.replicas > 1:
+            raise SpecError("replicas above 1 need learning: chain")
+        if self.staleness and self.replicas > 1:
+            raise SpecError("replicas above 1 need a staleness of 0")
+
+
+_RANGES = (
+    ("seed", 0, SEED_MAX, "a whole number"),
+    ("micro_batches", 1, MICRO_BATCHES_MAX, "a whole number"),
+    ("cut_every", 1, CUT_EVERY_MAX, "a number of steps"),
+    ("batch_max", 1, BATCH_MAX, "a number of samples"),
+    ("staleness", 0, STALENESS_MAX, "a number of steps"),
+    ("replicas", 1, REPLICAS_MAX, "a number of hosts"),
+)
 
 
 def in_order(inputs: Mapping[str, TensorSpec], nodes: Sequence[Draft]) -> list[Draft]:
@@ -60,7 +142,7 @@ def in_order(inputs: Mapping[str, TensorSpec], nodes: Sequence[Draft]) -> list[D
             if ref in place:
                 after.setdefault(ref, []).append(position)
                 waiting[position] += 1
-            elif ref not in inputs:
+            elif ref not in inputs and not (ref == TARGET and draft.type == LOCAL_HEAD):
                 near = difflib.get_close_matches(ref[:64], [*place, *inputs], n=1)
                 hint = f": did you mean {near[0]}?" if near else ""
                 raise SpecError(f"{draft.id} takes {ref!r}, which is no node and no input{hint}")
@@ -94,41 +176,33 @@ def _cycle(nodes: Sequence[Draft], place: Mapping[str, int], waiting: Sequence[i
     return " -> ".join(ring if len(ring) <= 10 else [*ring[:5], "...", *ring[-4:]])
 
 
-def check_settings(name: str, learning: str, seed: int, micro_batches: int, cut_every: int) -> None:
+def check_names(
+    name: str, inputs: Mapping[str, TensorSpec], nodes: Sequence[Draft], loss: Draft
+) -> None:
+    """Ids, groups, codecs and what is tied: each is there once, and of the right form."""
     _check_id("name", name)
-    if learning == "local":
-        raise SpecError("learning: local is not there yet, write learning: chain")
-    if learning != "chain":
-        raise SpecError(f"learning is chain, not {learning[:64]!r}")
-    if not 0 <= seed <= SEED_MAX:
-        raise SpecError(f"seed is a whole number of 0 to {SEED_MAX}")
-    if micro_batches != 1:
-        raise SpecError(f"micro_batches is 1 for now, not {micro_batches}")
-    if not 1 <= cut_every <= CUT_EVERY_MAX:
-        raise SpecError(f"cut_every is a number of steps, 1 to {CUT_EVERY_MAX}, not {cut_every}")
-
-
-def check_names(inputs: Mapping[str, TensorSpec], nodes: Sequence[Draft], loss: Draft) -> None:
     if not 1 <= len(inputs) <= INPUTS_MAX:
         raise SpecError(f"a network has 1 to {INPUTS_MAX} inputs, not {len(inputs)}")
     if not 1 <= len(nodes) <= NODES_MAX:
         raise SpecError(f"a network has 1 to {NODES_MAX} nodes, not {len(nodes)}")
     taken: dict[str, str] = {}
-    for what, name in (
-        *(("an input", name) for name in inputs),
+    for what, id in (
+        *(("an input", id) for id in inputs),
         *(("a node", draft.id) for draft in nodes),
         ("the loss", loss.id),
     ):
-        _check_id(f"the id of {what}", name)
-        if name == TARGET:
+        _check_id(f"the id of {what}", id)
+        if id == TARGET:
             raise SpecError(f"{what} is called y, but y is the loss's target: rename it")
-        if name in taken:
-            who = "two nodes" if what == taken[name] == "a node" else f"{taken[name]} and {what}"
-            raise SpecError(f"{who} have the same id {name}")
-        taken[name] = what
+        if id in taken:
+            who = "two nodes" if what == taken[id] == "a node" else f"{taken[id]} and {what}"
+            raise SpecError(f"{who} have the same id {id}")
+        taken[id] = what
     for draft in (*nodes, loss):
         if draft.group:
             _check_id(f"the group of {draft.id}", draft.group)
+        if draft.codec and draft.codec not in CODECS:
+            raise SpecError(f"the codec of {draft.id} is {', '.join(CODECS)}, not {draft.codec!r}")
 
 
 def _check_id(what: str, name: str) -> None:
@@ -140,8 +214,9 @@ def _check_id(what: str, name: str) -> None:
 
 
 def check_tensor(where: str, spec: TensorSpec) -> None:
-    if spec.dtype != DTYPE:
-        raise SpecError(f"{where}: dtype is {DTYPE}, not {spec.dtype[:64]!r}")
+    """What a network takes, or a node gives, has a dtype and a size that hosts can hold."""
+    if spec.dtype not in DTYPE_BYTES:
+        raise SpecError(f"{where}: dtype is {' or '.join(DTYPE_BYTES)}, not {spec.dtype[:64]!r}")
     if len(spec.shape) > DIMS_MAX:
         raise SpecError(f"{where}: a sample has at most {DIMS_MAX} dimensions")
     for length in spec.shape:

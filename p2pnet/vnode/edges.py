@@ -1,4 +1,4 @@
-"""What travels over the edges of a network: a VNode's place among them, and what fits there.
+"""What travels over the edges of a network in training: messages and events, to and fro.
 
 A message is judged by its head, that is by what it says of its tensor, before a
 byte of that is decoded.
@@ -6,48 +6,126 @@ byte of that is decoded.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from p2pnet.errors import MalformedError
 from p2pnet.v1 import common_pb2, vnode_pb2
 from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.messages import (
     ActivationArrived,
     Arrival,
-    Consumer,
     GradientArrived,
-    InputSlot,
-    Wiring,
+    Pace,
+    SendActivations,
+    SendGradients,
 )
-from p2pnet.vnode.network import BATCH_SAMPLES, refusal
-from p2pnet.vnode.tensors import Array, decode, dtype_name
+from p2pnet.vnode.network import HostedNetwork, refusal
+from p2pnet.vnode.stages import InputEdge, OutputEdge
+from p2pnet.vnode.tensors import Array, Buffer, decode, digest_of, dtype_name
+
+FORWARD, BACKWARD = vnode_pb2.DIRECTION_FORWARD, vnode_pb2.DIRECTION_BACKWARD
 
 
-def wiring_of(graph: CompiledGraph, vnode: str) -> Wiring:
-    """A VNode's place in its network, as the step core wants it."""
-    node = graph.node(vnode)
-    known = set(graph.vnodes())
-    return Wiring(
-        vnode=vnode,
-        inputs=tuple(InputSlot(ref, ref not in known) for ref in node.inputs),
-        consumers=tuple(Consumer(consumer, slot) for consumer, slot in graph.consumers(vnode)),
-        is_loss=vnode == graph.loss.id,
+def pace_of(graph: CompiledGraph) -> Pace:
+    """How the steps of a network follow each other."""
+    local = graph.learning == "local"
+    return Pace(
         micro_batches=graph.micro_batches,
+        staleness=graph.staleness,
+        ahead=graph.window if local else 0,
+        snapshot_every=graph.cut_every if local else 0,
+        clips=graph.clip_norm > 0,
     )
 
 
 def head_of(request: vnode_pb2.TrainRequest) -> Arrival:
     """What a training message says, but for its tensor; raises MalformedError."""
-    step = request.id
-    kind: type[ActivationArrived] | type[GradientArrived]
-    if request.direction == vnode_pb2.DIRECTION_FORWARD:
-        kind = ActivationArrived
-    elif request.direction == vnode_pb2.DIRECTION_BACKWARD:
-        kind = GradientArrived
-    else:
-        raise MalformedError("a training message goes forward or backward")
-    return kind(
-        step.epoch, step.step, step.micro_batch, request.source, request.slot,
-        None, request.tensor_digest, request.decided_step,
+    step, norms = request.id, tuple(request.norms)
+    if request.direction == FORWARD:
+        return ActivationArrived(
+            step.epoch, step.step, step.micro_batch, request.vnode, request.source, request.slot,
+            None, request.tensor_digest, request.decided_step, request.batch_samples, norms,
+        )  # fmt: skip
+    if request.direction == BACKWARD:
+        return GradientArrived(
+            step.epoch, step.step, step.micro_batch, request.vnode, request.source, request.slot,
+            None, request.tensor_digest, request.decided_step, request.batch_samples, norms,
+        )  # fmt: skip
+    raise MalformedError("a training message goes forward or backward")
+
+
+def arrival_of(
+    graph: CompiledGraph, head: Arrival, request: vnode_pb2.TrainRequest, payload: Buffer | None
+) -> Arrival | common_pb2.Refusal:
+    """The event with its tensor, or why that is not taken.
+
+    Raises:
+        MalformedError: bytes that are no tensor, or not the one that its digest names.
+    """
+    ref = tensor_ref(request)
+    if no := misfit(graph, ref, request.vnode, request.tensor):
+        return no
+    tensor = decode(request.tensor, payload, bytes_max=bytes_max(graph, ref))
+    if request.tensor_digest and request.tensor_digest != digest_of(tensor):
+        raise MalformedError("the tensor is not the one that its digest names")
+    return replace(head, payload=tensor)
+
+
+def tensor_ref(request: vnode_pb2.TrainRequest) -> str:
+    """The node or network input whose output a message carries, or whose output's gradient."""
+    return request.vnode if request.direction == BACKWARD else request.source
+
+
+def bytes_max(graph: CompiledGraph, ref: str) -> int:
+    """What the largest batch of a node's or an input's tensor takes."""
+    return graph.batch_max * graph.tensor(ref).size_bytes
+
+
+def activation_to(
+    net: HostedNetwork, edge: OutputEdge, effect: SendActivations, output: object
+) -> tuple[ActivationArrived, vnode_pb2.TrainRequest]:
+    """The activation that goes over an edge: as an event, and as a message without its tensor."""
+    event = ActivationArrived(
+        net.epoch, effect.step, effect.micro_batch, edge.consumer, edge.node, edge.slot,
+        output, b"", effect.decided_step, effect.batch_samples, effect.norms,
     )  # fmt: skip
+    return event, _request(net, effect, edge.consumer, FORWARD, edge.node, edge.slot)
+
+
+def gradient_to(
+    net: HostedNetwork, edge: InputEdge, effect: SendGradients, gradient: object
+) -> tuple[GradientArrived, vnode_pb2.TrainRequest]:
+    """The gradient that goes back over an edge, likewise."""
+    event = GradientArrived(
+        net.epoch, effect.step, effect.micro_batch, edge.source, edge.node, edge.slot,
+        gradient, b"", effect.decided_step, effect.batch_samples, effect.norms,
+    )  # fmt: skip
+    return event, _request(net, effect, edge.source, BACKWARD, edge.node, edge.slot)
+
+
+def _request(
+    net: HostedNetwork,
+    effect: SendActivations | SendGradients,
+    to: str,
+    direction: vnode_pb2.Direction,
+    source: str,
+    slot: int,
+) -> vnode_pb2.TrainRequest:
+    return vnode_pb2.TrainRequest(
+        id=vnode_pb2.StepId(
+            network_id=net.network_id,
+            epoch=net.epoch,
+            step=effect.step,
+            micro_batch=effect.micro_batch,
+        ),
+        vnode=to,
+        direction=direction,
+        source=source,
+        slot=slot,
+        decided_step=effect.decided_step,
+        batch_samples=effect.batch_samples,
+        norms=effect.norms,
+    )
 
 
 def misfit(
@@ -65,13 +143,20 @@ def misfit(
             f"{vnode} takes {expected.dtype}{list(expected.shape)} a sample of {ref}, "
             f"not {dtype}{sample[:16]}"
         )
-    elif not 0 < samples <= BATCH_SAMPLES:
-        detail = f"a batch has 1 to {BATCH_SAMPLES} samples, not {samples}"
+    elif samples < 1:
+        detail = f"a batch of {ref} has 1 to {graph.batch_max} samples, not {samples}"
+    elif samples > graph.batch_max:
+        size = samples * expected.size_bytes
+        detail = (
+            f"{vnode} takes batches of at most {graph.batch_max} samples "
+            f"({bytes_max(graph, ref)} bytes of {ref}), and this one has {samples} ({size} bytes)"
+        )
+        return refusal(common_pb2.REFUSAL_CODE_TOO_LARGE, detail)
     else:
         return None
     return refusal(common_pb2.REFUSAL_CODE_BAD_REQUEST, detail)
 
 
-def tensor_of(graph: CompiledGraph, ref: str, tensor: common_pb2.Tensor) -> Array:
-    """The tensor, which may take what the largest batch of `ref` takes; raises MalformedError."""
-    return decode(tensor, bytes_max=BATCH_SAMPLES * graph.tensor(ref).size_bytes)
+def array_of(payload: object) -> Array:
+    """A tensor again, of what the step core carries without looking."""
+    return payload  # type: ignore[return-value]

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
-from p2pnet.errors import ForgedError, ResourceError
 from p2pnet.swarm import Swarm
 from p2pnet.v1 import common_pb2, vnode_pb2
 from p2pnet.vnode.courier import Courier
+from p2pnet.vnode.crew import Adopt, Crew, Surroundings
+from p2pnet.vnode.edges import bytes_max, tensor_ref
 from p2pnet.vnode.executor import ComputeThread
 from p2pnet.vnode.faults import Faults
-from p2pnet.vnode.hosted import HostedComponent
+from p2pnet.vnode.graph import CompiledGraph
+from p2pnet.vnode.hosting import Present
 from p2pnet.vnode.inference import Inference
-from p2pnet.vnode.messages import Event
-from p2pnet.vnode.network import HostedNetwork, refusal
-from p2pnet.vnode.tensors import encode
-from p2pnet.vnode.trainee import Surroundings, Trainee
-
-REPLY_S = 0.5  # what is left of a caller's patience to tell it so
+from p2pnet.vnode.network import HostedNetwork
+from p2pnet.vnode.standby import Following
+from p2pnet.vnode.tensors import Buffer
 
 # The state that a VNode begins with; None: it is initialised from the seed.
 FetchState = Callable[[HostedNetwork, str], Awaitable[bytes | None]]
+SMALL_BYTES = 64 << 10  # beside a tensor: what a codec adds to it
 
 
 class Engine:
@@ -28,7 +28,7 @@ class Engine:
 
     Args:
         fetch: the state that a VNode begins with.
-        train, forward: hand a message to a VNode on this host.
+        forward: hands a forward pass to a VNode on this host.
     """
 
     def __init__(
@@ -38,48 +38,36 @@ class Engine:
         faults: Faults,
         *,
         fetch: FetchState,
-        train: Callable[[HostedNetwork, str, Event], Awaitable[common_pb2.Refusal | None]],
-        forward: Callable[[vnode_pb2.ForwardRequest], Awaitable[common_pb2.Refusal | None]],
+        forward: Callable[
+            [vnode_pb2.ForwardRequest, Buffer | None], Awaitable[common_pb2.Refusal | None]
+        ],
     ) -> None:
         courier = Courier(swarm)
         self.inference = Inference(compute, courier, forward)
-        self._compute = compute
-        self._fetch = fetch
-        self._around = Surroundings(swarm, compute, courier, faults, self._load, train)
+        self._around = Surroundings(swarm, compute, courier, faults, fetch)
 
-    def new_trainee(self, vnode: str, net: HostedNetwork) -> Trainee:
-        """A VNode under a network's present epoch."""
-        return Trainee(vnode, net, self._around)
-
-    async def collect(
-        self, net: HostedNetwork, request_id: bytes, timeout_s: float
-    ) -> vnode_pb2.CollectReply:
-        """The output of a forward pass, as a reply."""
-        try:
-            patience_s = max(0.0, timeout_s - REPLY_S)
-            output = await self.inference.collect(net, request_id, patience_s)
-        except (TimeoutError, ResourceError) as error:
-            detail = str(error) or "the output has not come in time"
-            return vnode_pb2.CollectReply(refusal=refusal(common_pb2.REFUSAL_CODE_FAILED, detail))
-        return vnode_pb2.CollectReply(tensor=encode(output))
-
-    async def _load(self, net: HostedNetwork, vnode: str) -> HostedComponent:
-        node, graph = net.graph.node(vnode), net.graph
-        inner = dict.fromkeys(graph.vnodes())
-        component = HostedComponent(
-            vnode,
-            node.type,
-            node.config,
-            seed=graph.seed,
-            optimizer=graph.optimizer.type,
-            optimizer_config=graph.optimizer.config,
-            wants_gradient=[ref in inner for ref in node.inputs],
+    def begin(
+        self,
+        net: HostedNetwork,
+        vnodes: Sequence[str],
+        following: Sequence[str],
+        adopt: Adopt | None,
+    ) -> Present:
+        """Runs VNodes of a network, and follows others, under its present epoch."""
+        return Present(
+            net,
+            Crew(net, vnodes, self._around, adopt) if vnodes else None,
+            Following(net, following, self._around, adopt) if following else None,
         )
-        state = await self._fetch(net, vnode)
-        if state is not None:
-            await self._compute.run(component.do_load, state)
-        if component.step != net.base_step:
-            raise ForgedError(
-                f"the state of {vnode} is of step {component.step}, not {net.base_step}"
-            )
-        return component
+
+
+def payload_bytes_max(
+    graph: CompiledGraph,
+    request: vnode_pb2.TrainRequest | vnode_pb2.ForwardRequest | vnode_pb2.FollowRequest,
+) -> int:
+    """The most bytes that can come with a request; KeyError if it names what there is not."""
+    if isinstance(request, vnode_pb2.FollowRequest):
+        return graph.node(request.vnode).state_bytes + SMALL_BYTES
+    if isinstance(request, vnode_pb2.TrainRequest):
+        return bytes_max(graph, tensor_ref(request)) + SMALL_BYTES
+    return bytes_max(graph, request.source) + SMALL_BYTES if request.source else 0

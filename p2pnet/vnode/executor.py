@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from p2pnet import clock
 from p2pnet.errors import CancelledByUs, ResourceError
+from p2pnet.vnode.devices import CPU, CUDA_ENVIRONMENT
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +34,32 @@ class ComputeThread:
 
     Args:
         threads: what torch may use within one operation. Results differ in their
-            last bits with it, so that it is part of what makes a run exact.
+            last bits with it, so that it is part of what makes a run exact. torch
+            starts no further thread for the CPU: one operation runs at a time, and a
+            backward pass runs in the thread that asks for it.
         queue_max: how many functions may wait or run at a time.
+        device: torch's name of what components are computed on.
+        cpus: how many CPUs all of it may take: where that is fewer than `threads`, the
+            thread rests after each function until what it took is no more than that share
+            of the time since the function began.
+        now, used: the node's clock, and the CPU time of the thread that asks; in seconds.
     """
 
-    def __init__(self, threads: int = 1, queue_max: int = QUEUE_MAX) -> None:
+    def __init__(
+        self,
+        threads: int = 1,
+        queue_max: int = QUEUE_MAX,
+        *,
+        device: str = CPU,
+        cpus: float | None = None,
+        now: Callable[[], float] = clock.now,
+        used: Callable[[], float] = time.thread_time,
+    ) -> None:
         self.threads = threads
+        self.device = device
+        self._stretch = max(1.0, threads / (threads if cpus is None else cpus))
+        self._now = now
+        self._used = used
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="p2pnet-compute")
         self._places = threading.BoundedSemaphore(queue_max)
         self._ready = False
@@ -52,8 +76,10 @@ class ComputeThread:
             raise CancelledByUs("the node is shutting down")
         if not self._places.acquire(blocking=False):
             raise ResourceError("this node has more to compute than it can hold: try again later")
-        future: Future[T] = self._pool.submit(self._call, fn, args)
+        future: Future[T] = Future()
         future.add_done_callback(lambda done: self._places.release())
+        job = self._pool.submit(self._work, future, fn, args)
+        job.add_done_callback(lambda job: job.cancelled() and future.cancel())
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -70,14 +96,44 @@ class ComputeThread:
         self._closed.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _call(self, fn: Callable[..., T], args: tuple[Any, ...]) -> T:
-        if not self._ready:
-            torch = _import_torch()
-            torch.set_num_threads(self.threads)
-            torch.set_grad_enabled(True)
-            self._ready = True
-            logger.debug("torch %s computes with %d threads", torch.__version__, self.threads)
-        return fn(*args)
+    def rest(self, seconds: float) -> None:
+        """Blocks the thread for so long, or until it is closed."""
+        self._closed.wait(seconds)
+
+    def _work(self, future: Future[T], fn: Callable[..., T], args: tuple[Any, ...]) -> None:
+        """Gives the result before it rests, so that whoever waits for it does not wait for that."""
+        if not future.set_running_or_notify_cancel():
+            return
+        began, used_s = self._now(), 0.0
+        try:
+            self._set_up()
+            began, before_s = self._now(), self._used()
+            try:
+                result = fn(*args)
+            finally:
+                used_s = self._used() - before_s
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+        rest_s = began + used_s * self._stretch - self._now()
+        if self._stretch > 1.0 and rest_s > 0:
+            self.rest(rest_s)
+
+    def _set_up(self) -> None:
+        if self._ready:
+            return
+        if self.device != CPU:
+            os.environ.update(CUDA_ENVIRONMENT)
+        torch = _import_torch()
+        torch.set_num_threads(self.threads)
+        torch.set_grad_enabled(True)
+        if self.device != CPU:
+            torch.cuda.set_device(self.device)
+        self._ready = True
+        logger.debug(
+            "torch %s computes on %s with %d threads", torch.__version__, self.device, self.threads
+        )
 
 
 def _import_torch() -> Any:

@@ -1,162 +1,364 @@
-"""A shell: forward passes without training, hopping from VNode to VNode.
+"""A shell: forward passes without training, hopping from stage to stage.
 
-Each VNode waits until all its inputs of a request have come, computes, and
-passes the result to whoever consumes it; the network's output is kept for the
-caller, who asks for it at the host of the VNode that makes it.
+`Gathering` decides what is run when, and with what; here its decisions are carried out,
+and what comes of them goes on to whoever takes it. The network's output waits for the
+caller. Where a pass fails, the host that makes the output is told why, and tells who asks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from p2pnet.errors import P2PNetError, ResourceError
+from p2pnet.core import Tick
+from p2pnet.errors import MalformedError, P2PNetError, ResourceError, SpecError
 from p2pnet.tasks import TaskSet
 from p2pnet.v1 import common_pb2, vnode_pb2
+from p2pnet.vnode import tensors
+from p2pnet.vnode.codecs import codec_of
 from p2pnet.vnode.courier import Courier, EpochOver, HopFailed
-from p2pnet.vnode.edges import misfit, tensor_of
+from p2pnet.vnode.edges import misfit
 from p2pnet.vnode.executor import ComputeThread
+from p2pnet.vnode.gathering import Effect, Event, Freed, Gathering, GiveUp, InputArrived, Part, Run
+from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.network import HostedNetwork, clip, refusal
-from p2pnet.vnode.tensors import Array, encode
-from p2pnet.vnode.trainee import Trainee
+from p2pnet.vnode.outputs import Outputs
+from p2pnet.vnode.sessions import Sessions
+from p2pnet.vnode.stages import Stage
+from p2pnet.vnode.tensors import Array, Buffer
+from p2pnet.vnode.together import No, Result, do_continue, do_run
+
+if TYPE_CHECKING:
+    from p2pnet.vnode.crew import Crew
+    from p2pnet.vnode.standby import Following
 
 logger = logging.getLogger(__name__)
 
-REQUESTS_MAX = 1024  # begun and not finished; the oldest gives way
-OUTPUT_KEPT_S = 60.0
+ID_BYTES_MAX = 64
+LOADING_MAX = 16  # runs that wait for VNodes to be made
+REPLY_S = 0.5  # what is left of a caller's patience to tell it so
 
-Key = tuple[str, str, bytes]  # network id, VNode, request id
+Deliver = Callable[[vnode_pb2.ForwardRequest, Buffer | None], Awaitable[common_pb2.Refusal | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """Where a request is run here, and whose it is."""
+
+    net: HostedNetwork
+    crew: Crew | Following
+    stage: Stage
+    request_id: bytes
+    session: bytes
+    position: int
+    tokens: int  # of this part of a session; 0: of no session
+    replica: int
 
 
 class Inference:
-    """The forward passes under way on this host. Lives on the gRPC thread."""
+    """The forward passes under way on this host. Lives on the gRPC thread.
 
-    def __init__(
-        self,
-        compute: ComputeThread,
-        courier: Courier,
-        deliver: Callable[[vnode_pb2.ForwardRequest], Awaitable[common_pb2.Refusal | None]],
-    ) -> None:
+    Args:
+        deliver: hands a request to a VNode on this same host.
+    """
+
+    def __init__(self, compute: ComputeThread, courier: Courier, deliver: Deliver) -> None:
         self._compute = compute
         self._courier = courier
         self._deliver = deliver
-        self._waiting: OrderedDict[Key, dict[int, Array]] = OrderedDict()  # by slot
-        self._outputs: OrderedDict[Key, asyncio.Future[Array]] = OrderedDict()
+        self._gathering = Gathering()
+        self._sessions = Sessions()
+        self._outputs = Outputs()
+        self._loading = 0
+        self._timer: asyncio.TimerHandle | None = None
         self._tasks = TaskSet("forward passes")
 
     async def close(self) -> None:
         """Ends everything under way."""
+        if self._timer is not None:
+            self._timer.cancel()
         await self._tasks.close()
 
+    async def forward(
+        self,
+        net: HostedNetwork,
+        crew: Crew | Following,
+        request: vnode_pb2.ForwardRequest,
+        payload: Buffer | None,
+        timeout_s: float,
+    ) -> tuple[vnode_pb2.HopReply, Buffer | None]:
+        """One input of one request, and the reply: with the output where that is asked for.
+
+        Raises:
+            MalformedError: bytes that are no tensor.
+        """
+        if no := self.take(net, crew, request, payload):
+            return vnode_pb2.HopReply(refusal=no), None
+        if request.collect and _answering(net.graph, crew.inference_stages) is not None:
+            return await self.collect(net, request.request_id, timeout_s)
+        return vnode_pb2.HopReply(), None
+
+    async def collect(
+        self, net: HostedNetwork, request_id: bytes, timeout_s: float
+    ) -> tuple[vnode_pb2.HopReply, Buffer | None]:
+        """The reply with the output of a request; a refusal where that does not come in time."""
+        try:
+            patience_s = max(0.0, timeout_s - REPLY_S)
+            output = await self._outputs.wait((net.network_id, request_id), patience_s)
+        except MalformedError as error:
+            no = refusal(common_pb2.REFUSAL_CODE_BAD_REQUEST, str(error))
+            return vnode_pb2.HopReply(refusal=no), None
+        except (TimeoutError, ResourceError) as error:
+            detail = str(error) or "the output has not come in time"
+            no = refusal(common_pb2.REFUSAL_CODE_FAILED, detail)
+            return vnode_pb2.HopReply(refusal=no), None
+        head, payload = tensors.encode(output)
+        return vnode_pb2.HopReply(tensor=head), payload
+
     def take(
-        self, net: HostedNetwork, trainee: Trainee, request: vnode_pb2.ForwardRequest
+        self,
+        net: HostedNetwork,
+        crew: Crew | Following,
+        request: vnode_pb2.ForwardRequest,
+        payload: Buffer | None,
     ) -> common_pb2.Refusal | None:
         """One input of one request.
 
         Raises:
             MalformedError: bytes that are no tensor.
         """
-        node = net.graph.node(request.vnode)
-        key = (net.network_id, request.vnode, request.request_id)
-        if request.slot >= len(node.inputs) or node.inputs[request.slot] != request.source:
+        if max(len(request.request_id), len(request.session)) > ID_BYTES_MAX:
+            return refusal(common_pb2.REFUSAL_CODE_BAD_REQUEST, "an id is 16 bytes")
+        if request.failed:
+            if request.vnode == net.graph.output:
+                key = (net.network_id, request.request_id)
+                kind = MalformedError if request.bad_input else ResourceError
+                self._outputs.fail(key, kind(clip(request.failed)))
+            return None
+        found = _place_of(crew.inference_stages, request)
+        if found is None:
             return refusal(
                 common_pb2.REFUSAL_CODE_BAD_REQUEST,
-                f"{request.source} is not input {request.slot} of {request.vnode}",
+                f"{request.source} is not input {request.slot} of {request.vnode}, or it lives "
+                f"on the same host",
             )
-        if request.failed:
-            self._waiting.pop(key, None)
-            self._tasks.spawn(self._pass_on(net, request, None, request.failed))
-            return None
-        if answer := misfit(net.graph, request.source, request.vnode, request.tensor):
-            return answer
-        tensor = tensor_of(net.graph, request.source, request.tensor)
-        slots = self._waiting.setdefault(key, {})
-        slots[request.slot] = tensor
-        if len(slots) == len(node.inputs):
-            del self._waiting[key]
-            inputs = tuple(slots[slot] for slot in range(len(node.inputs)))
-            self._tasks.spawn(self._compute_one(net, trainee, request, inputs))
-        while len(self._waiting) > REQUESTS_MAX:
-            self._waiting.popitem(last=False)
+        stage, place = found
+        tokens = _tokens(request)
+        try:
+            graph = net.graph if tokens == 0 else _part_graph(net.graph, request, tokens)
+        except SpecError as error:
+            return refusal(common_pb2.REFUSAL_CODE_BAD_REQUEST, str(error))
+        if no := misfit(graph, request.source, request.vnode, request.tensor):
+            return no
+        bytes_max = net.graph.batch_max * graph.tensor(request.source).size_bytes
+        tensor = tensors.decode(request.tensor, payload, bytes_max=bytes_max)
+        where = _Pass(
+            net,
+            crew,
+            stage,
+            request.request_id,
+            request.session,
+            request.position,
+            tokens,
+            request.replica,
+        )
+        self._handle(
+            InputArrived(
+                stage=(net.network_id, net.epoch, request.replica, stage.nodes[0]),
+                request=request.request_id,
+                place=place,
+                places=len(stage.inputs),
+                samples=len(tensor),
+                size_bytes=tensor.nbytes,
+                tensor=tensor,
+                where=where,
+                together_max=net.graph.batch_max,
+                session=request.session,
+            )
+        )
         return None
 
-    async def collect(self, net: HostedNetwork, request_id: bytes, timeout_s: float) -> Array:
-        """Waits for the output of a request.
+    # The core
 
-        Raises:
-            TimeoutError: it has not come.
-            ResourceError: a VNode on the way failed.
-        """
-        future = self._output((net.network_id, net.graph.output, request_id))
-        async with asyncio.timeout(timeout_s):
-            return await asyncio.shield(future)
+    def _handle(self, event: Event) -> None:
+        loop = asyncio.get_running_loop()
+        effects = self._gathering.handle(event, loop.time())
+        for effect in effects:
+            self._do(effect)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        deadlines = (self._gathering.deadline(), self._sessions.deadline())
+        due = [deadline for deadline in deadlines if deadline is not None]
+        if due:
+            self._timer = loop.call_at(min(due), self._tick)
 
-    async def _compute_one(
-        self,
-        net: HostedNetwork,
-        trainee: Trainee,
-        request: vnode_pb2.ForwardRequest,
-        inputs: tuple[Array, ...],
-    ) -> None:
+    def _tick(self) -> None:
+        self._sessions.expire(asyncio.get_running_loop().time())
+        self._handle(Tick())
+
+    def _do(self, effect: Effect) -> None:
+        match effect:
+            case GiveUp():
+                at = _pass_of(effect)
+                self._fail(at, No(f"{at.stage.nodes[0]}: {effect.reason}"))
+            case Run():
+                self._tasks.spawn(self._run(effect))
+
+    # Running
+
+    async def _run(self, run: Run) -> None:
+        first = _pass_of(run.parts[0])
         try:
-            component = await trainee.ready()
-            output = await self._compute.run(component.do_infer, inputs)
+            if first.crew.hosted is None:
+                await self._load(first.crew)
+            results = await self._compute_all(run, first)
         except P2PNetError as error:
-            await self._pass_on(net, request, None, f"{request.vnode}: {error}")
+            results = [No(f"{first.stage.nodes[0]}: {error}")] * len(run.parts)
         except Exception as error:
-            logger.exception("%s of network %s failed", request.vnode, net.graph.name)
-            await self._pass_on(net, request, None, f"{request.vnode}: {error}")
-        else:
-            await self._pass_on(net, request, output, "")
+            logger.exception("%s of network %s failed", first.stage.nodes[0], first.net.graph.name)
+            results = [No(f"{first.stage.nodes[0]}: {error}")] * len(run.parts)
+        finally:
+            self._handle(Freed())
+        for part, result in zip(run.parts, results, strict=True):
+            if isinstance(result, No):
+                self._fail(_pass_of(part), result)
+            else:
+                self._pass_on(_pass_of(part), result)
 
-    async def _pass_on(
-        self,
-        net: HostedNetwork,
-        request: vnode_pb2.ForwardRequest,
-        output: Array | None,
-        failed: str,
-    ) -> None:
-        failed = clip(failed)
-        if request.vnode == net.graph.output:
-            future = self._output((net.network_id, request.vnode, request.request_id))
-            if not future.done():
-                if output is None:
-                    future.set_exception(ResourceError(failed))
-                    future.exception()  # it may be that nobody asks
-                else:
-                    future.set_result(output)
-            return
-        tensor = None if output is None else encode(output)
-        for consumer, slot in net.graph.consumers(request.vnode):
-            if consumer == net.graph.loss.id:
-                continue
+    async def _load(self, crew: Crew | Following) -> None:
+        """Others go on meanwhile: it may take as long as a state takes to be fetched."""
+        if self._loading >= LOADING_MAX:
+            raise ResourceError("this host has too many passes for VNodes that it still loads")
+        self._loading += 1
+        try:
+            self._handle(Freed())
+            await crew.ready()
+        finally:
+            self._loading -= 1
+
+    async def _compute_all(self, run: Run, first: _Pass) -> list[Result]:
+        hosted, wanted = first.crew.hosted, _wanted(first)
+        if hosted is None:
+            raise ResourceError("the VNodes were let go")
+        if not first.session:
+            return await self._compute.run(do_run, hosted, first.stage, wanted, run.parts)
+        now = asyncio.get_running_loop().time
+        key = (run.stage, first.session)
+        session = self._sessions.take(key, first.position, now())
+        if session is None:
+            raise ResourceError(f"the session is not here any more at token {first.position}")
+        results = await self._compute.run(
+            do_continue, hosted, first.stage, wanted, run.parts, session
+        )
+        session.tokens = first.position + first.tokens
+        self._sessions.put(key, session, now())
+        return results
+
+    # Passing on
+
+    def _pass_on(self, done: _Pass, outputs: Mapping[str, Array]) -> None:
+        net = done.net
+        if net.graph.output in done.stage.nodes:
+            key = (net.network_id, done.request_id)
+            self._outputs.settle(key, outputs[net.graph.output])
+        for edge in done.stage.outputs:
             hop = vnode_pb2.ForwardRequest(
                 network_id=net.network_id,
                 epoch=net.epoch,
-                request_id=request.request_id,
-                vnode=consumer,
-                source=request.vnode,
-                slot=slot,
-                tensor=tensor,
-                failed=failed,
+                request_id=done.request_id,
+                vnode=edge.consumer,
+                source=edge.node,
+                slot=edge.slot,
+                session=done.session,
+                position=done.position,
+                replica=done.replica,
             )
-            self._tasks.spawn(self._hop(net, hop))
+            self._tasks.spawn(self._hop(done, hop, outputs[edge.node]))
 
-    async def _hop(self, net: HostedNetwork, hop: vnode_pb2.ForwardRequest) -> None:
+    def _fail(self, done: _Pass, no: No) -> None:
+        """Tells the host that makes the output, and so who asks for it."""
+        graph = done.net.graph
+        hop = vnode_pb2.ForwardRequest(
+            network_id=done.net.network_id,
+            epoch=done.net.epoch,
+            request_id=done.request_id,
+            vnode=graph.output,
+            failed=clip(no.reason),
+            bad_input=no.bad_input,
+            replica=done.replica,
+        )
+        self._tasks.spawn(self._hop(done, hop, None))
+
+    async def _hop(self, done: _Pass, hop: vnode_pb2.ForwardRequest, output: Array | None) -> None:
+        net = done.net
         try:
-            await self._courier.send(net, "VNode/Forward", hop, lambda: self._deliver(hop))
+            payload = None
+            if output is not None:
+                codec = codec_of(net.graph.codec_of(hop.source))
+                head, payload = await self._courier.encode(net, hop.vnode, output, codec)
+                hop.tensor.CopyFrom(head)
+            await self._courier.send(net, hop, payload, lambda: self._deliver(hop, payload))
         except EpochOver:
             pass
-        except HopFailed as error:  # the caller's Collect runs out, and it tries again
+        except (HopFailed, P2PNetError) as error:
             logger.info("a forward pass of %s is lost: %s", net.graph.name, error)
+            if not hop.failed:
+                self._fail(done, No(f"{hop.vnode} cannot be reached: {error}"))
 
-    def _output(self, key: Key) -> asyncio.Future[Array]:
-        loop = asyncio.get_running_loop()
-        if key not in self._outputs:
-            self._outputs[key] = loop.create_future()
-            loop.call_later(OUTPUT_KEPT_S, self._outputs.pop, key, None)
-            while len(self._outputs) > REQUESTS_MAX:
-                self._outputs.popitem(last=False)
-        return self._outputs[key]
+
+# --- small things -------------------------------------------------------------
+
+
+def _pass_of(item: Part | GiveUp) -> _Pass:
+    assert isinstance(item.where, _Pass)
+    return item.where
+
+
+def _place_of(
+    stages: Sequence[Stage], request: vnode_pb2.ForwardRequest
+) -> tuple[Stage, int] | None:
+    """The stage that an input is for, and which of its inputs it is."""
+    for stage in stages:
+        for place, edge in enumerate(stage.inputs):
+            if (edge.node, edge.slot, edge.source) == (request.vnode, request.slot, request.source):
+                return stage, place
+    return None
+
+
+def _answering(graph: CompiledGraph, stages: Sequence[Stage]) -> Stage | None:
+    """The stage that makes the network's output, if it is here."""
+    return next((stage for stage in stages if graph.output in stage.nodes), None)
+
+
+def _wanted(at: _Pass) -> tuple[str, ...]:
+    """The nodes of a stage whose outputs somebody takes."""
+    found = dict.fromkeys(edge.node for edge in at.stage.outputs)
+    if at.net.graph.output in at.stage.nodes:
+        found[at.net.graph.output] = None
+    return tuple(found)
+
+
+def _tokens(request: vnode_pb2.ForwardRequest) -> int:
+    """How many tokens a part of a session has; they come after the samples. 0: no session."""
+    if not request.session:
+        return 0
+    if len(request.tensor.shape) < 2 or not 0 < request.tensor.shape[1] <= 1 << 20:
+        raise MalformedError("a part of a session has samples first, and then tokens")
+    return int(request.tensor.shape[1])
+
+
+def _part_graph(
+    graph: CompiledGraph, request: vnode_pb2.ForwardRequest, tokens: int
+) -> CompiledGraph:
+    """The graph for so many tokens; raises SpecError where the network cannot take them."""
+    longest = max(spec.shape[0] if spec.shape else 0 for spec in graph.inputs.values())
+    if request.position + tokens > longest:
+        raise SpecError(
+            f"network {graph.name} takes sequences of {longest} tokens, not of "
+            f"{request.position + tokens}"
+        )
+    return graph.at_length(tokens)

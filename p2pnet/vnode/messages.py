@@ -1,4 +1,4 @@
-"""What goes into a VNode's step core and what comes out of it (`p2pnet.vnode.step`). Plain data.
+"""What goes into a host's step core and what comes out of it (`p2pnet.vnode.step`). Plain data.
 
 Payloads are opaque: whatever the shell hands in comes back in an effect.
 Steps are counted from 1, micro-batches and slots from 0.
@@ -12,30 +12,20 @@ from p2pnet.v1 import common_pb2 as pb
 
 
 @dataclass(frozen=True, slots=True)
-class InputSlot:
-    """Where an input comes from: a VNode, or a network input, which wants no gradient."""
+class Pace:
+    """How the steps of a network follow each other (DESIGN D11).
 
-    source: str
-    is_network_input: bool
+    `staleness`: a forward may use a state so many steps older than the one before its
+    step. `ahead`: 0, and a step is applied when it is decided; else (`local`) as soon as its
+    gradients are held, at most so many steps before it is decided, with a snapshot of
+    every `snapshot_every`th state.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class Consumer:
-    """A VNode that takes the output, and as which of its inputs."""
-
-    vnode: str
-    slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class Wiring:
-    """A VNode's place in its network; the order of `consumers` is the order of summation."""
-
-    vnode: str
-    inputs: tuple[InputSlot, ...]
-    consumers: tuple[Consumer, ...]
-    is_loss: bool = False
     micro_batches: int = 1
+    staleness: int = 0
+    ahead: int = 0
+    snapshot_every: int = 0
+    clips: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,26 +42,36 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True)
 class ActivationArrived:
+    """`norms`: of the gradients of the last decided steps, the newest last, where it matters."""
+
     epoch: int
     step: int
     micro_batch: int
+    node: str  # whom it is for
     source: str
     slot: int  # ours
     payload: object
     digest: bytes
     decided_step: int
+    batch_samples: int = 1  # of all micro-batches together
+    norms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class GradientArrived:
+    """The gradient of what `node` gave to `consumer` as its input `slot`."""
+
     epoch: int
     step: int
     micro_batch: int
+    node: str  # whom it is for
     consumer: str
     slot: int  # the consumer's
     payload: object
     digest: bytes
     decided_step: int
+    batch_samples: int = 1
+    norms: tuple[float, ...] = ()
 
 
 Arrival = ActivationArrived | GradientArrived
@@ -83,32 +83,45 @@ class Decided:
 
     epoch: int
     step: int
+    norms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class SaveRequested:
-    """The state after `step`, which is decided, is to be stored."""
+    """The states after `step`, which is decided, are to be stored."""
 
     epoch: int
     step: int
+    norms: tuple[float, ...] = ()
 
 
-# Events: what the shell has done
+# Events: what the shell has done. Stages are counted from 0.
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardDone:
+    stage: int
     step: int
     micro_batch: int
-    output: object
-    metrics: Metrics | None = None  # the loss VNode's
+    outputs: tuple[object, ...]  # one an output edge
+    metrics: Metrics | None = None  # the loss's
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """All activations of a `SendActivations` were taken."""
+
+    stage: int
+    step: int
+    micro_batch: int
 
 
 @dataclass(frozen=True, slots=True)
 class BackwardDone:
+    stage: int
     step: int
     micro_batch: int
-    gradients: tuple[object, ...]  # one an input slot
+    gradients: tuple[object, ...]  # one an input edge that wants one
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +141,7 @@ class ComputeFailed:
 
 Event = (
     ActivationArrived | GradientArrived | Decided | SaveRequested
-    | ForwardDone | BackwardDone | ApplyDone | ComputeFailed
+    | ForwardDone | Sent | BackwardDone | ApplyDone | ComputeFailed
 )  # fmt: skip
 
 
@@ -137,42 +150,46 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class RunForward:
+    stage: int
     step: int
     micro_batch: int
-    inputs: tuple[object, ...]  # in slot order
+    inputs: tuple[object, ...]  # one an input edge
+    batch_samples: int
 
 
 @dataclass(frozen=True, slots=True)
-class SendActivation:
+class SendActivations:
+    stage: int
     step: int
     micro_batch: int
-    consumer: str
-    slot: int
-    output: object
+    outputs: tuple[object, ...]  # one an output edge
+    batch_samples: int
     decided_step: int
+    norms: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class RunBackward:
+    stage: int
     step: int
     micro_batch: int
-    gradients: tuple[object, ...]  # in the order of consumers; none for the loss
-    weight: float  # what the loss starts with: the micro-batch's share of the samples
+    gradients: tuple[object, ...]  # one an output edge that brings one
 
 
 @dataclass(frozen=True, slots=True)
-class SendGradient:
+class SendGradients:
+    stage: int
     step: int
     micro_batch: int
-    producer: str
-    slot: int  # ours
-    gradient: object
+    gradients: tuple[object, ...]  # one an input edge that wants one
+    batch_samples: int
     decided_step: int
+    norms: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The step's gradients are held; `metrics` are the loss VNode's, of the whole batch."""
+    """The step's gradients are held; `metrics` are the loss's, where it is here."""
 
     step: int
     metrics: Metrics | None
@@ -180,7 +197,10 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class RunApply:
+    """`norm`: of all gradients of the network, where it clips."""
+
     step: int
+    norm: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +216,7 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """The step cannot be done here; the VNode waits for a new state."""
+    """The step cannot be done here; the VNodes wait for a new epoch."""
 
     step: int
     micro_batch: int
@@ -205,6 +225,6 @@ class Trouble:
 
 
 Effect = (
-    RunForward | SendActivation | RunBackward | SendGradient | Report | RunApply | RunSave
+    RunForward | SendActivations | RunBackward | SendGradients | Report | RunApply | RunSave
     | Refuse | Trouble
 )  # fmt: skip

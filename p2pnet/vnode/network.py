@@ -17,8 +17,8 @@ REASON_CHARS_MAX = 200
 class HostedNetwork:
     """One network under one epoch.
 
-    `locations` maps a VNode to its host's peer id: a cache, which may be emptied
-    at any time, because the DHT knows.
+    `locations` maps a VNode to its host's peer id: a cache, which may be emptied at any
+    time, because the DHT knows. `standbys` maps it to those of the peers that follow it.
     """
 
     network_id: str
@@ -29,6 +29,7 @@ class HostedNetwork:
     base_step: int  # the cut that the epoch starts from
     state_url: str
     locations: dict[str, str] = field(default_factory=dict)
+    standbys: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def clip(reason: str) -> str:

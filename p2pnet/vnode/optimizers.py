@@ -1,4 +1,4 @@
-"""SGD and Adam: torch's own functions, with the state in plain sight.
+"""SGD, Adam and AdamW: torch's own functions, with the state in plain sight.
 
 Not its optimizer classes: the first one that is made, or makes a step, imports
 torch's compiler, which a node never uses (measured: 2.4 s of CPU and 72 MiB).
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
+from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from p2pnet.vnode.catalogue import find_optimizer
@@ -38,7 +39,7 @@ class Optimizer:
 
     def kept(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """The shapes of what it keeps for a parameter, from the first step on; all float32."""
-        if self.type == "Adam":
+        if self.type != "SGD":
             return {"exp_avg": tuple(shape), "exp_avg_sq": tuple(shape), "step": ()}
         return {"momentum_buffer": tuple(shape)} if self._config["momentum"] else {}
 
@@ -49,7 +50,7 @@ class Optimizer:
             if name not in self.state:
                 self.state[name] = self._begin(param)
         states = [self.state[name] for name in params]
-        if self.type == "Adam":
+        if self.type != "SGD":
             self._adam(list(params.values()), list(gradients), states)
         else:
             self._sgd(list(params.values()), list(gradients), states)
@@ -67,7 +68,8 @@ class Optimizer:
         self, params: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]]
     ) -> None:
         config = self._config
-        adam(
+        function = adam if self.type == "Adam" else adamw
+        function(
             params,
             gradients,
             [state["exp_avg"] for state in states],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from p2pnet.errors import P2PNetError, RefusedError
 from p2pnet.keys import ACCEPTANCE
 from p2pnet.log.entry import HOLDERS_MAX
 from p2pnet.net.handlers import Caller, Method, unary
+from p2pnet.net.hop_frames import Request
 from p2pnet.swarm import Swarm
 from p2pnet.tasks import TaskSet
 from p2pnet.v1 import common_pb2, pnode_pb2, records_pb2, vnode_pb2
@@ -26,19 +27,22 @@ from p2pnet.vnode.admission import Limits
 from p2pnet.vnode.blobs import BLOB_BYTES_MAX, BlobKeeper
 from p2pnet.vnode.executor import ComputeThread
 from p2pnet.vnode.faults import Faults
+from p2pnet.vnode.hops_shell import HopsServer
 from p2pnet.vnode.hosting import Hosting, Usage
-from p2pnet.vnode.messages import Event
 from p2pnet.vnode.network import HostedNetwork, refusal
 
 if TYPE_CHECKING:
+    from p2pnet.vnode.crew import Adopt
     from p2pnet.vnode.engine import Engine
-    from p2pnet.vnode.trainee import Trainee
+    from p2pnet.vnode.hosting import Present
+    from p2pnet.vnode.tensors import Buffer
 
 logger = logging.getLogger(__name__)
 
 WARM_AFTER_S = 1.0
 READY_KEPT_S = 300.0  # states that were fetched for VNodes which may come
 READYING_MAX = 4  # callers at once for whom states are fetched
+PAYLOAD_UNKNOWN_BYTES = 1 << 20  # of a network that is not here
 
 
 class Host:
@@ -72,7 +76,8 @@ class Host:
         self._faults = faults
         self._engine: Engine | None = None
         limits = Limits(swarm.keypair.peer_id, memory_bytes, hosting, state_url, serves)
-        self._hosted = Hosting(swarm, self._new_trainee, limits, directory)
+        self._hosted = Hosting(swarm, self._begin, limits, directory)
+        self._hops = HopsServer(self.hop, self.hop_bytes_max)
         blobs.vouch = self.vouch
         self._readying = 0
         self._warming: asyncio.Task[None] | None = None
@@ -98,9 +103,7 @@ class Host:
                 "Ready": unary(self._ready, pnode_pb2.ReadyRequest, pnode_pb2.ReadyReply),
             },
             "VNode": {
-                "Forward": unary(self._forward, vnode_pb2.ForwardRequest, vnode_pb2.HopReply),
-                "Collect": unary(self._collect, vnode_pb2.CollectRequest, vnode_pb2.CollectReply),
-                "Train": unary(self._train, vnode_pb2.TrainRequest, vnode_pb2.HopReply),
+                "Hops": self._hops.method,
                 "Health": unary(self._health, vnode_pb2.HealthRequest, vnode_pb2.HealthReply),
                 "Save": unary(self._save, vnode_pb2.SaveRequest, vnode_pb2.SaveReply),
                 "Load": unary(self._load, vnode_pb2.LoadRequest, vnode_pb2.LoadReply),
@@ -109,6 +112,7 @@ class Host:
 
     async def close(self) -> None:
         """Stops every VNode."""
+        await self._hops.close()
         await self._tasks.close()
         if self._engine is not None:
             await self._engine.inference.close()
@@ -203,6 +207,7 @@ class Host:
             role="primary",
             lease_s=lease_s,
             manifest=net.manifest,
+            standbys=net.standbys.get(vnode, ()),
         )
         return me.sign(ACCEPTANCE, allocation.SerializeToString(deterministic=True))
 
@@ -234,46 +239,92 @@ class Host:
             self._readying -= 1
         return pnode_pb2.ReadyReply()
 
-    # VNode
+    # VNode: the hot path
 
-    async def _train(self, request: vnode_pb2.TrainRequest, caller: Caller) -> vnode_pb2.HopReply:
-        found = await self._hosted.find_or_point(
-            request.id.network_id, request.id.epoch, request.vnode
+    async def hop(
+        self, request: Request, payload: memoryview | None, caller: Caller
+    ) -> tuple[vnode_pb2.HopReply, Buffer | None]:
+        """Whatever goes from VNode to VNode, or comes from who feeds or asks a network."""
+        match request:
+            case vnode_pb2.TrainRequest():
+                no = await self._train(request, payload)
+            case vnode_pb2.DecidedRequest():
+                no = self._decided(request)
+            case vnode_pb2.FollowRequest():
+                no = await self._follow(request, payload)
+            case _:
+                return await self._infer(request, payload, caller)
+        return vnode_pb2.HopReply(refusal=no), None
+
+    def hop_bytes_max(self, request: Request) -> int:
+        """The most bytes that may come with a request: nothing larger is read."""
+        if isinstance(request, vnode_pb2.DecidedRequest | vnode_pb2.CollectRequest):
+            return 0
+        net = self._hosted.graph_of(
+            request.network_id
+            if isinstance(request, vnode_pb2.ForwardRequest)
+            else request.id.network_id
         )
-        if isinstance(found, common_pb2.Refusal):
-            return vnode_pb2.HopReply(refusal=found)
-        return vnode_pb2.HopReply(refusal=found[1].hear(request))
+        if net is None:
+            return PAYLOAD_UNKNOWN_BYTES  # it is refused as soon as it is here
+        from p2pnet.vnode.engine import payload_bytes_max
 
-    async def _deliver_train(
-        self, net: HostedNetwork, vnode: str, event: Event
+        try:
+            return payload_bytes_max(net.graph, request)
+        except KeyError:
+            return PAYLOAD_UNKNOWN_BYTES
+
+    async def _train(
+        self, request: vnode_pb2.TrainRequest, payload: Buffer | None
     ) -> common_pb2.Refusal | None:
-        """From a VNode on this host to another: nothing is copied."""
-        found = self._hosted.find(net.network_id, net.epoch, vnode)
-        return found if isinstance(found, common_pb2.Refusal) else found[1].take(event)
-
-    async def _forward(
-        self, request: vnode_pb2.ForwardRequest, caller: Caller
-    ) -> vnode_pb2.HopReply:
-        found = await self._hosted.find_or_point(request.network_id, request.epoch, request.vnode)
+        network_id = request.id.network_id
+        found = self._hosted.find(network_id, request.id.epoch, request.vnode)
         if isinstance(found, common_pb2.Refusal):
-            return vnode_pb2.HopReply(refusal=found)
-        return vnode_pb2.HopReply(refusal=self._tensors().inference.take(*found, request))
+            return await self._hosted.point(network_id, request.vnode, found)
+        return await found[1].hear(request, payload)
 
-    async def _deliver_forward(
-        self, request: vnode_pb2.ForwardRequest
-    ) -> common_pb2.Refusal | None:
-        found = self._hosted.find(request.network_id, request.epoch, request.vnode)
+    def _decided(self, request: vnode_pb2.DecidedRequest) -> common_pb2.Refusal | None:
+        found = self._hosted.find_crew(request.network_id, request.epoch)
         if isinstance(found, common_pb2.Refusal):
             return found
-        return self._tensors().inference.take(*found, request)
+        return found[1].decided(request.step, request.norms)
 
-    async def _collect(
-        self, request: vnode_pb2.CollectRequest, caller: Caller
-    ) -> vnode_pb2.CollectReply:
-        found = await self._hosted.find_or_point(request.network_id, request.epoch, request.vnode)
+    async def _follow(
+        self, request: vnode_pb2.FollowRequest, payload: Buffer | None
+    ) -> common_pb2.Refusal | None:
+        found = self._hosted.find_following(request.id.network_id, request.id.epoch, request.vnode)
         if isinstance(found, common_pb2.Refusal):
-            return vnode_pb2.CollectReply(refusal=found)
-        return await self._tensors().collect(found[0], request.request_id, caller.timeout_s)
+            return found
+        return await found.follow(request, payload)
+
+    async def _infer(
+        self,
+        request: vnode_pb2.ForwardRequest | vnode_pb2.CollectRequest,
+        payload: Buffer | None,
+        caller: Caller,
+    ) -> tuple[vnode_pb2.HopReply, Buffer | None]:
+        network_id, vnode = request.network_id, request.vnode
+        found = self._hosted.find_answering(network_id, request.epoch, vnode)
+        if isinstance(found, common_pb2.Refusal):
+            return vnode_pb2.HopReply(
+                refusal=await self._hosted.point(network_id, vnode, found)
+            ), None
+        net, crew = found
+        inference = self._tensors().inference
+        if isinstance(request, vnode_pb2.CollectRequest):
+            return await inference.collect(net, request.request_id, caller.timeout_s)
+        return await inference.forward(net, crew, request, payload, caller.timeout_s)
+
+    async def _deliver_forward(
+        self, request: vnode_pb2.ForwardRequest, payload: Buffer | None
+    ) -> common_pb2.Refusal | None:
+        """From a VNode on this host to another."""
+        found = self._hosted.find_answering(request.network_id, request.epoch, request.vnode)
+        if isinstance(found, common_pb2.Refusal):
+            return found
+        return self._tensors().inference.take(*found, request, payload)
+
+    # VNode: what the orchestrator asks
 
     async def _health(
         self, request: vnode_pb2.HealthRequest, caller: Caller
@@ -281,41 +332,44 @@ class Host:
         return vnode_pb2.HealthReply(vnodes=self._hosted.rows(request.network_id))
 
     async def _save(self, request: vnode_pb2.SaveRequest, caller: Caller) -> vnode_pb2.SaveReply:
-        async def one(vnode: str) -> common_pb2.BlobRef:
-            found = self._hosted.find(request.network_id, request.epoch, vnode)
-            if isinstance(found, common_pb2.Refusal):
-                raise RefusedError(found.detail, code=found.code, epoch=found.epoch)
-            net, trainee = found
-            state = await trainee.save(request.step)
+        """Stores the states after a step, which is decided, on enough peers."""
+        found = self._hosted.network_of(request.network_id, caller.peer_id, request.epoch)
+        if isinstance(found, common_pb2.Refusal):
+            return vnode_pb2.SaveReply(refusal=found)
+        net, crew = found
+        if sorted(request.vnodes) != sorted(crew.vnodes):
+            detail = "this peer hosts other VNodes than it is asked to store"
+            return vnode_pb2.SaveReply(refusal=refusal(common_pb2.REFUSAL_CODE_BAD_REQUEST, detail))
+
+        async def one(vnode: str, state: bytes) -> common_pb2.BlobRef:
             ref = await self._blobs.store(state, net.network_id, request.copy_to, net.state_url)
-            trainee.saved_as(ref.digest)
+            crew.saved_as(vnode, ref.digest)
             return ref
 
-        net = self._hosted.network_of(request.network_id, caller.peer_id)
-        if isinstance(net, common_pb2.Refusal):
-            return vnode_pb2.SaveReply(refusal=net)
         try:
-            refs = await asyncio.gather(*(one(vnode) for vnode in request.vnodes))
+            states = await crew.save(request.step, request.norms)
+            refs = await asyncio.gather(*(one(*item) for item in states.items()))
         except RefusedError as error:
             answer = refusal(common_pb2.RefusalCode.Name(error.code), str(error), epoch=error.epoch)
             return vnode_pb2.SaveReply(refusal=answer)
         except (P2PNetError, TimeoutError) as error:
             detail = str(error) or "the state was not saved in time"
             return vnode_pb2.SaveReply(refusal=refusal(common_pb2.REFUSAL_CODE_FAILED, detail))
-        return vnode_pb2.SaveReply(states=dict(zip(request.vnodes, refs, strict=True)))
+        return vnode_pb2.SaveReply(states=dict(zip(states, refs, strict=True)))
 
     async def _load(self, request: vnode_pb2.LoadRequest, caller: Caller) -> vnode_pb2.LoadReply:
         """Makes the components now, rather than at first use."""
-        net = self._hosted.network_of(request.network_id, caller.peer_id, request.epoch)
-        if isinstance(net, common_pb2.Refusal):
-            return vnode_pb2.LoadReply(refusal=net)
+        found = self._hosted.network_of(request.network_id, caller.peer_id, request.epoch)
+        if isinstance(found, common_pb2.Refusal):
+            return vnode_pb2.LoadReply(refusal=found)
+        net, crew = found
         try:
             for vnode in sorted(request.states):
-                found = self._hosted.find(request.network_id, request.epoch, vnode)
-                if isinstance(found, common_pb2.Refusal):
-                    return vnode_pb2.LoadReply(refusal=found)
                 self._hosted.begin_from(net.network_id, vnode, request.states[vnode])
-                await found[1].ready()
+            await crew.ready()
+        except RefusedError as error:
+            answer = refusal(common_pb2.RefusalCode.Name(error.code), str(error))
+            return vnode_pb2.LoadReply(refusal=answer)
         except P2PNetError as error:
             return vnode_pb2.LoadReply(refusal=refusal(common_pb2.REFUSAL_CODE_FAILED, str(error)))
         return vnode_pb2.LoadReply()
@@ -349,8 +403,14 @@ class Host:
         ref = self._hosted.state_of(net.network_id, vnode)
         return None if ref is None else await self._blobs.fetch(ref, net.network_id, net.state_url)
 
-    def _new_trainee(self, vnode: str, net: HostedNetwork) -> Trainee:
-        return self._tensors().new_trainee(vnode, net)
+    def _begin(
+        self,
+        net: HostedNetwork,
+        vnodes: Sequence[str],
+        following: Sequence[str],
+        adopt: Adopt | None,
+    ) -> Present:
+        return self._tensors().begin(net, vnodes, following, adopt)
 
     def _tensors(self) -> Engine:
         if self._engine is None:
@@ -361,7 +421,6 @@ class Host:
                 self._compute,
                 self._faults,
                 fetch=self._fetch,
-                train=self._deliver_train,
                 forward=self._deliver_forward,
             )
         return self._engine

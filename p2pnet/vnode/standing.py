@@ -39,6 +39,7 @@ class Standing:
     claimant: str = ""
     claim: bytes = b""
     committed_step: int = 0
+    before_step: int = 0  # of the commit before that
     closed: bool = False
 
     def seal(self, newest: common_pb2.Signed | None = None) -> bytes:
@@ -54,6 +55,7 @@ class Standing:
             claimant=self.claimant,
             claim=self.claim,
             committed_step=self.committed_step,
+            before_step=self.before_step,
             closed=self.closed,
             newest=newest,
         )
@@ -84,6 +86,7 @@ def unseal_standing(
         claimant=kept.claimant,
         claim=kept.claim,
         committed_step=kept.committed_step,
+        before_step=kept.before_step,
         closed=kept.closed,
     )
     if not kept.HasField("newest"):
@@ -111,6 +114,8 @@ class _Tail(History):
             self.manifest = manifest
         if standing.committed_step:
             self.commit = log_pb2.Commit(epoch=standing.epoch, step=standing.committed_step)
+        if standing.before_step:
+            self.before = log_pb2.Commit(epoch=standing.epoch, step=standing.before_step)
         if standing.closed:
             self.closing = log_pb2.Cancellation(network_id=standing.network_id)
 
@@ -150,6 +155,7 @@ def follow(
         claimant=tail.orchestrator,
         claim=claim,
         committed_step=tail.commit.step if tail.commit else 0,
+        before_step=tail.before.step if tail.before else 0,
         closed=tail.closing is not None,
     )
     return after, newest

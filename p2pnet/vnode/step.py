@@ -1,19 +1,26 @@
-"""The order of a training step at one VNode: forward, backward, apply (DESIGN D11). Pure.
+"""The order of training steps on one host: forward, backward, apply (DESIGN D11). Pure.
 
-    activations ─► RunForward ─► SendActivation …  … gradients ─► RunBackward ─► SendGradient
-                                                                       │ all micro-batches
-                           next step ◄── RunApply ◄── decided ◄── Report (gradients held)
+    activations ─► RunForward ─► SendActivations …  … gradients ─► RunBackward ─► SendGradients
+                                                                       │ all of the step
+                              next step ◄── RunApply ◄── decided ◄── Report (gradients held)
 
-The loss VNode has nobody to wait for: its backward begins when its forwards are
-done. What arrives may be late, early, doubled or out of order, and that never
-changes what is computed: steps run one after the other, micro-batches in order,
-gradients are handed on in (edge, micro-batch) order. State s stays intact until
-step s+1 is decided, which every message of the step after it says by the way.
+One core runs all stages (`p2pnet.vnode.stages`) of a network on its host. What arrives may
+be late, early, doubled or out of order, and that never changes what is computed: in each
+stage micro-batches go one after the other, through all steps, and each has a number in that
+sequence. A backward goes before a forward, and few forwards wait for their backward, so
+that no more activations are kept than the pipeline needs (1F1B: Narayanan et al.,
+"PipeDream", SOSP 2019).
 
-The shell runs `Run...` effects one at a time in the order given, feeds each
-result back as a `...Done` event, and answers a message whose effects hold a
-`Refuse` with that refusal. Two payloads are the same if their digests are; a
-resent message (a higher `attempt` on the wire) is the same message.
+When a step is applied is a matter of `Pace`:
+- usually when it is decided, that is when every VNode has reported that it holds its
+  gradients. State s stays intact until step s+1 is decided, which every message of the
+  step after it says by the way. With a staleness of k, forwards of the next k steps go on
+  meanwhile, and their backwards use the weights that their forwards used;
+- in `local` at once, since nobody else's gradients matter; but no step is begun that is
+  more than `ahead` steps after the last decided one.
+
+The shell runs `Run...` effects one at a time in the order given, feeds each result back as
+a `...Done` event, and answers a message whose effects hold a `Refuse` with that refusal.
 """
 
 from __future__ import annotations
@@ -32,8 +39,8 @@ from p2pnet.vnode.messages import (
     Effect,
     Event,
     ForwardDone,
-    GradientArrived,
     Metrics,
+    Pace,
     Refuse,
     Report,
     RunApply,
@@ -41,91 +48,114 @@ from p2pnet.vnode.messages import (
     RunForward,
     RunSave,
     SaveRequested,
-    SendActivation,
-    SendGradient,
+    SendActivations,
+    SendGradients,
+    Sent,
     Trouble,
-    Wiring,
 )
+from p2pnet.vnode.messages import GradientArrived as GradientArrived
+from p2pnet.vnode.stages import Stage
 
 AHEAD_STEPS_MAX = 2  # how many steps beyond the present one are kept for later
+QUEUE_MAX = 8  # micro-batches that wait on an edge
+IN_FLIGHT_MAX = 8  # forwards of a stage that wait for their backward
+UNSENT_MAX = 4  # forwards of a stage whose outputs are not all taken
+RUNNING_MAX = 2  # computations that the shell has at a time: one runs, one is next
+
+Place = tuple[int, bool, int]  # stage, forward?, which of its edges that way
 
 
 @dataclass(slots=True)
-class _Box:
-    """What has arrived for one step over one kind of edge, by (edge, micro-batch).
+class _Line:
+    """One stage: how far it is. Micro-batches are numbered through all steps, from 0.
 
-    Payloads are kept until they are used, digests until the step is over.
+    Of each number the order is forward begun, done, sent; backward begun, done.
     """
 
-    edges: int
-    payloads: dict[tuple[int, int], object] = field(default_factory=dict)
-    digests: dict[tuple[int, int], bytes] = field(default_factory=dict)
-
-    def put(self, place: tuple[int, int], payload: object, digest: bytes) -> bool:
-        """False: another payload was here before. The same one again changes nothing."""
-        if place in self.digests:
-            return self.digests[place] == digest
-        self.digests[place] = digest
-        self.payloads[place] = payload
-        return True
-
-    def has(self, micro_batch: int) -> bool:
-        return all((edge, micro_batch) in self.payloads for edge in range(self.edges))
-
-    def take(self, micro_batch: int) -> tuple[object, ...]:
-        """In order of edges, whatever the order of arrival."""
-        return tuple(self.payloads.pop((edge, micro_batch)) for edge in range(self.edges))
+    stage: Stage
+    begun: int
+    forwarded: int
+    sent: int
+    turned: int  # backward begun
+    backwarded: int
 
 
 @dataclass(slots=True)
-class _Step:
-    activations: _Box
-    gradients: _Box
-    forwards_run: int = 0  # micro-batches 0 .. n-1 were handed to the shell
-    forwards_done: int = 0  # 0 .. n-1 came back
-    backwards_run: int = 0
-    backwards_done: int = 0
-    metrics: list[Metrics] = field(default_factory=list)
+class _Inbox:
+    """What has arrived over one edge, by number. Digests are kept until the step is applied."""
+
+    payloads: dict[int, object] = field(default_factory=dict)
+    digests: dict[int, bytes] = field(default_factory=dict)
+
+    def put(self, number: int, payload: object, digest: bytes) -> bool:
+        """False: another payload was here before. The same one again changes nothing."""
+        if number in self.digests:
+            return digest in (b"", self.digests[number]) or not self.digests[number]
+        self.digests[number] = digest
+        self.payloads[number] = payload
+        return True
 
 
 class StepCore:
-    """The training steps of one VNode, from the state after `base_step`, under one epoch.
+    """The training steps of the VNodes of one network on this host, under one epoch.
 
-    For another epoch, or after a state is loaded, a new core is made.
+    From the state after `base_step` on. For another epoch, or after a state is loaded, a
+    new core is made.
 
     Attributes:
-        applied_step: the state's step; `reported_step`: the last one reported;
+        applied_step: the states' step; `reported_step`: the last one reported;
             `decided_step`: the last one known to be decided.
-        failed: why the VNode does nothing until it gets a state; "" if it is well.
+        failed: why nothing is done until there is a new epoch; "" if all is well.
     """
 
-    def __init__(self, wiring: Wiring, *, epoch: int, base_step: int) -> None:
-        if bool(wiring.consumers) == wiring.is_loss:
-            raise ValueError(f"{wiring.vnode}: a loss, and only a loss, has no consumers")
-        self.wiring = wiring
+    def __init__(
+        self, name: str, stages: Sequence[Stage], pace: Pace, *, epoch: int, base_step: int
+    ) -> None:
         self.epoch = epoch
+        self.stages = tuple(stages)
+        self.pace = pace
         self.applied_step = base_step
         self.reported_step = base_step
         self.decided_step = base_step
         self.failed = ""
+        self._name = name
         self._applying = False
+        self._running = 0
         self._save_step = -1  # asked for, to be done as soon as it is applied
-        self._steps: dict[int, _Step] = {}
-        self._edge_of = {
-            (consumer.vnode, consumer.slot): edge for edge, consumer in enumerate(wiring.consumers)
-        }
+        self._norms: dict[int, float] = {}  # of decided steps that are not applied
+        self._samples: dict[int, int] = {}  # of the whole batch, by step
+        self._metrics: dict[int, list[Metrics]] = {}
+        first = base_step * pace.micro_batches
+        self._lines = [_Line(stage, *([first] * 5)) for stage in self.stages]
+        self._inboxes: dict[Place, _Inbox] = {}
+        self._arrives: dict[tuple[str, int], Place] = {}  # (node, slot) of an activation
+        self._returns: dict[tuple[str, str, int], Place] = {}  # (node, consumer, its slot)
+        self._into: list[tuple[list[_Inbox], list[_Inbox]]] = []
+        self._sources: dict[tuple[str, int], str] = {}
+        for index, stage in enumerate(self.stages):
+            forward, backward = [], []
+            for count, edge in enumerate(stage.inputs):
+                place = (index, True, count)
+                self._arrives[edge.node, edge.slot] = place
+                self._sources[edge.node, edge.slot] = edge.source
+                forward.append(self._inboxes.setdefault(place, _Inbox()))
+            for count, out in enumerate(out for out in stage.outputs if out.brings_gradient):
+                place = (index, False, count)
+                self._returns[out.node, out.consumer, out.slot] = place
+                backward.append(self._inboxes.setdefault(place, _Inbox()))
+            self._into.append((forward, backward))
 
     def handle(self, event: Event, now: float) -> Sequence[Effect]:
         """Takes one event. Raises ValueError for a result that nothing was asked for."""
         match event:
-            case ActivationArrived() | GradientArrived():
-                return self._arrived(event)
-            case Decided(epoch=epoch, step=step):
-                return self._fence(epoch, step) or self._advance()
-            case SaveRequested(epoch=epoch, step=step):
-                return self._fence(epoch, step) or self._save(step)
+            case Decided():
+                return self._fence(event) or self._advance()
+            case SaveRequested():
+                return self._fence(event) or self._save(event.step)
             case ForwardDone():
                 return self._forward_done(event)
+            case Sent():
+                return self._sent(event)
             case BackwardDone():
                 return self._backward_done(event)
             case ApplyDone():
@@ -133,90 +163,129 @@ class StepCore:
             case ComputeFailed():
                 self.failed = event.reason
                 return [Trouble(event.step, event.micro_batch, event.reason, event.bad_input)]
+            case _:
+                return self._arrived(event)
 
     def wants(self, event: Arrival) -> bool:
         """Whether `handle` would look at the payload, which may then be decoded.
 
-        The event as the message's head tells it; its digest may be b"", if none is stated.
+        The event as the message's head tells it.
         """
         if self._fault(event) or event.step <= self.applied_step:
             return False
-        step = self._steps.get(event.step)
-        known = step is not None and self._box(step, event).digests.get(self._place(event))
+        number = self._number(event.step, event.micro_batch)
+        known = number in self._inboxes[self._place(event)].digests
         return not (known and event.digest)  # one that is stated is compared as it is
+
+    def decision(self) -> tuple[int, tuple[float, ...]]:
+        """What is decided, as whoever is sent something is told: the step, and the last norms."""
+        if not self.pace.clips:
+            return self.decided_step, ()
+        newest = range(self.decided_step - self.pace.staleness, self.decided_step + 1)
+        return self.decided_step, tuple(self._norms[n] for n in newest if n in self._norms)
 
     def deadline(self) -> float | None:
         """None: a step that does not move is the orchestrator's to notice, who hears all."""
         return None
 
     def check(self) -> None:
-        """A step is applied only when decided, decided only when reported; all is bounded."""
-        assert self.applied_step <= self.decided_step <= self.reported_step
-        assert self.reported_step <= self.applied_step + 1
-        assert not self._applying or self.decided_step > self.applied_step
-        for number, step in self._steps.items():
-            assert self.applied_step < number <= self.applied_step + 1 + AHEAD_STEPS_MAX
-            assert number == self.applied_step + 1 or step.forwards_run == 0
-            assert step.backwards_done <= step.backwards_run <= step.forwards_done
-            assert step.forwards_done <= step.forwards_run <= self.wiring.micro_batches
-            for box in (step.activations, step.gradients):
-                assert len(box.payloads) <= len(box.digests)
-                assert len(box.digests) <= box.edges * self.wiring.micro_batches
+        """A step is applied only when decided (or `local`), decided only when reported."""
+        pace = self.pace
+        if not pace.ahead:
+            assert self.applied_step <= self.decided_step <= self.reported_step
+            assert self.reported_step <= self.applied_step + 1 + pace.staleness
+            assert not self._applying or self.decided_step > self.applied_step
+        assert self.applied_step <= self.reported_step
+        assert 0 <= self._running <= RUNNING_MAX
+        applied = self.applied_step * pace.micro_batches
+        for line in self._lines:
+            assert applied <= line.backwarded <= line.turned <= line.forwarded <= line.begun
+            assert line.sent <= line.forwarded
+            assert line.begun - line.backwarded <= IN_FLIGHT_MAX
+            before = (line.begun - 1) // pace.micro_batches  # the step before the newest begun
+            allowed = self.applied_step + self._applying + pace.staleness
+            assert line.begun == applied or before <= allowed
+        for inbox in self._inboxes.values():
+            assert len(inbox.payloads) <= QUEUE_MAX
+            assert len(inbox.digests) <= self._horizon * pace.micro_batches
 
     # What peers send
 
-    def _fence(self, epoch: int, decided_step: int) -> list[Effect]:
+    def _fence(self, event: Arrival | Decided | SaveRequested) -> list[Effect]:
         """Refuses what is of another epoch; else takes note of what is decided."""
-        wrong = self._foreign(epoch, decided_step)
+        says = isinstance(event, Decided | SaveRequested)
+        step = event.step if says else event.decided_step  # type: ignore[union-attr]
+        wrong = self._foreign(event.epoch) or self._early(step, event.norms)
         if not wrong:
-            self.decided_step = max(self.decided_step, decided_step)
+            self.decided_step = max(self.decided_step, step)
+            for back, norm in enumerate(reversed(event.norms)):
+                if step - back > self.applied_step:
+                    self._norms.setdefault(step - back, norm)
+            self._trim_norms()
         return wrong
 
-    def _foreign(self, epoch: int, decided_step: int) -> list[Effect]:
-        if epoch != self.epoch:
-            older = epoch < self.epoch
-            code = pb.REFUSAL_CODE_STALE_EPOCH if older else pb.REFUSAL_CODE_UNKNOWN_EPOCH
-            detail = f"{self.wiring.vnode} trains under epoch {self.epoch}, not {epoch}"
-            return [Refuse(code, detail)]
+    def _foreign(self, epoch: int) -> list[Effect]:
+        if epoch == self.epoch:
+            return []
+        older = epoch < self.epoch
+        code = pb.REFUSAL_CODE_STALE_EPOCH if older else pb.REFUSAL_CODE_UNKNOWN_EPOCH
+        return [Refuse(code, f"{self._name} trains under epoch {self.epoch}, not {epoch}")]
+
+    def _early(self, decided_step: int, norms: Sequence[float]) -> list[Effect]:
         # A step is decided when *every* VNode has reported it: whoever says so before
         # we did is wrong, and must not make us skip the decision.
         if decided_step > self.reported_step:
             return [self._bad(f"has not reported step {decided_step}: it cannot be decided")]
+        new = range(max(self.decided_step, self.applied_step) + 1, decided_step + 1)
+        if self.pace.clips and any(decided_step - step >= len(norms) for step in new):
+            return [self._bad(f"clips, and is not told the norm of step {decided_step}")]
         return []
 
     def _fault(self, event: Arrival) -> list[Effect]:
         """Why a message is refused whatever its payload is."""
         return (
             self._misdirected(event)
-            or self._foreign(event.epoch, event.decided_step)
+            or self._foreign(event.epoch)
+            or self._early(event.decided_step, event.norms)
             or self._untimely(event)
         )
 
     def _arrived(self, event: Arrival) -> Sequence[Effect]:
         if wrong := self._misdirected(event):
             return wrong
-        refusal = self._fence(event.epoch, event.decided_step) or self._keep(event)
+        refusal = self._fence(event) or self._keep(event)
         return [*refusal, *self._advance()]
 
     def _misdirected(self, event: Arrival) -> list[Effect]:
         if isinstance(event, ActivationArrived):
-            inputs = self.wiring.inputs
-            if not 0 <= event.slot < len(inputs) or inputs[event.slot].source != event.source:
-                return [self._bad(f"has no input {event.slot} from {event.source[:80]}")]
-        elif (event.consumer, event.slot) not in self._edge_of:
-            return [self._bad(f"does not feed input {event.slot} of {event.consumer[:80]}")]
-        if not 0 <= event.micro_batch < self.wiring.micro_batches:
+            if self._sources.get((event.node, event.slot)) != event.source:
+                what = f"input {event.slot} of {event.node[:80]} from {event.source[:80]}"
+                return [self._bad(f"has no {what}")]
+        elif (event.node, event.consumer, event.slot) not in self._returns:
+            what = f"input {event.slot} of {event.consumer[:80]}"
+            return [self._bad(f"has no {event.node[:80]} that feeds {what}")]
+        if not 0 <= event.micro_batch < self.pace.micro_batches:
             return [self._bad(f"knows no micro-batch {event.micro_batch}")]
+        known = self._samples.get(event.step, event.batch_samples)
+        if event.batch_samples < 1 or event.batch_samples != known:
+            return [self._bad(f"has another batch in step {event.step}")]
         return []
 
     def _untimely(self, event: Arrival) -> list[Effect]:
         if event.step <= self.applied_step:
             return []  # late: all that it could change is done
         if self.failed:
-            detail = f"{self.wiring.vnode} waits for a state, since it failed: {self.failed}"
+            detail = f"{self._name} waits for a new epoch here, since it failed: {self.failed}"
             return [Refuse(pb.REFUSAL_CODE_FAILED, detail)]
-        if event.step > self.applied_step + 1 + AHEAD_STEPS_MAX:
-            detail = f"{self.wiring.vnode} is at step {self.applied_step + 1}: try again later"
+        if event.step > self.applied_step + self._horizon:
+            detail = f"{self._name} is at step {self.applied_step + 1} here: try again later"
+            return [Refuse(pb.REFUSAL_CODE_BUSY, detail)]
+        index, forward, _ = self._place(event)
+        line = self._lines[index]
+        number = self._number(event.step, event.micro_batch)
+        # Those that are due next always find room, so that who waits never waits for ever.
+        if number >= (line.begun if forward else line.turned) + QUEUE_MAX:
+            detail = f"{event.node} has {QUEUE_MAX} micro-batches waiting: try again later"
             return [Refuse(pb.REFUSAL_CODE_BUSY, detail)]
         return []
 
@@ -224,22 +293,22 @@ class StepCore:
         refusal = self._untimely(event)
         if refusal or event.step <= self.applied_step:
             return refusal
-        step = self._steps.get(event.step)
-        if step is None:
-            wiring = self.wiring
-            step = _Step(_Box(len(wiring.inputs)), _Box(len(wiring.consumers)))
-            self._steps[event.step] = step
-        if not self._box(step, event).put(self._place(event), event.payload, event.digest):
+        number = self._number(event.step, event.micro_batch)
+        inbox = self._inboxes[self._place(event)]
+        if not inbox.put(number, event.payload, event.digest):
             return [self._bad(f"has got another tensor for this place in step {event.step}")]
+        self._samples[event.step] = event.batch_samples
         return []
 
-    def _place(self, event: Arrival) -> tuple[int, int]:
+    def _place(self, event: Arrival) -> Place:
         if isinstance(event, ActivationArrived):
-            return event.slot, event.micro_batch
-        return self._edge_of[event.consumer, event.slot], event.micro_batch
+            return self._arrives[event.node, event.slot]
+        return self._returns[event.node, event.consumer, event.slot]
 
-    def _box(self, step: _Step, event: Arrival) -> _Box:
-        return step.activations if isinstance(event, ActivationArrived) else step.gradients
+    @property
+    def _horizon(self) -> int:
+        """How many steps after the applied one are taken."""
+        return 1 + self.pace.staleness + AHEAD_STEPS_MAX
 
     def _save(self, step: int) -> Sequence[Effect]:
         if step < self.applied_step or (step == self.applied_step and self._applying):
@@ -252,100 +321,173 @@ class StepCore:
     # What the shell has done
 
     def _forward_done(self, event: ForwardDone) -> Sequence[Effect]:
-        step = self._current(event.step)
-        self._in_order(event.micro_batch, step.forwards_done, step.forwards_run)
-        step.forwards_done += 1
+        line = self._lines[event.stage]
+        self._due(event, line.forwarded, line.begun)
+        line.forwarded += 1
+        self._ran()
         if event.metrics is not None:
-            step.metrics.append(event.metrics)
-        sends = [
-            SendActivation(
-                event.step, event.micro_batch, to.vnode, to.slot, event.output, self.decided_step
+            self._metrics.setdefault(event.step, []).append(event.metrics)
+        effects: list[Effect] = []
+        if line.stage.outputs:
+            effects.append(
+                SendActivations(
+                    event.stage,
+                    event.step,
+                    event.micro_batch,
+                    event.outputs,
+                    self._samples[event.step],
+                    *self.decision(),
+                )
             )
-            for to in self.wiring.consumers
-        ]
-        return [*sends, *self._advance()]
+        else:
+            line.sent += 1
+        if not line.stage.learns:
+            line.turned += 1
+            line.backwarded += 1
+        return [*effects, *self._reports(), *self._advance()]
+
+    def _sent(self, event: Sent) -> Sequence[Effect]:
+        line = self._lines[event.stage]
+        if line.sent >= line.forwarded:
+            raise ValueError(f"micro-batch {event.micro_batch} was not to be sent")
+        line.sent += 1  # in which order does not matter: they are counted
+        return self._advance()
 
     def _backward_done(self, event: BackwardDone) -> Sequence[Effect]:
-        step = self._current(event.step)
-        self._in_order(event.micro_batch, step.backwards_done, step.backwards_run)
-        step.backwards_done += 1
-        effects: list[Effect] = [
-            SendGradient(
-                event.step, event.micro_batch, source.source, slot, gradient, self.decided_step
+        line = self._lines[event.stage]
+        self._due(event, line.backwarded, line.turned)
+        line.backwarded += 1
+        self._ran()
+        effects: list[Effect] = []
+        if event.gradients:
+            effects.append(
+                SendGradients(
+                    event.stage,
+                    event.step,
+                    event.micro_batch,
+                    event.gradients,
+                    self._samples[event.step],
+                    *self.decision(),
+                )
             )
-            for slot, (source, gradient) in enumerate(
-                zip(self.wiring.inputs, event.gradients, strict=True)
-            )
-            if not source.is_network_input
-        ]
-        if step.backwards_done == self.wiring.micro_batches:
-            self.reported_step = event.step
-            effects.append(Report(event.step, _combined(step.metrics)))
-        return [*effects, *self._advance()]
+        return [*effects, *self._reports(), *self._advance()]
+
+    def _reports(self) -> list[Effect]:
+        """What is complete now, step by step."""
+        effects: list[Effect] = []
+        while all(
+            line.backwarded >= (self.reported_step + 1) * self.pace.micro_batches
+            for line in self._lines
+        ):
+            self.reported_step += 1
+            metrics = self._metrics.pop(self.reported_step, [])
+            effects.append(Report(self.reported_step, _combined(metrics)))
+        return effects
 
     def _apply_done(self, event: ApplyDone) -> Sequence[Effect]:
         if not self._applying or event.step != self.applied_step + 1:
             raise ValueError(f"step {event.step} was not to be applied")
         self._applying = False
         self.applied_step = event.step
-        self._steps.pop(event.step)
-        if self._save_step == event.step:  # before the next step can touch the state
-            return [RunSave(event.step), *self._advance()]
+        self._ran()
+        self._samples.pop(event.step, None)
+        self._trim_norms()
+        below = event.step * self.pace.micro_batches
+        for inbox in self._inboxes.values():
+            for number in range(below - self.pace.micro_batches, below):
+                inbox.digests.pop(number, None)
+        every = self.pace.snapshot_every
+        if self._save_step == event.step or (every and event.step % every == 0):
+            return [RunSave(event.step), *self._advance()]  # before the next step is applied
         return self._advance()
 
     # What is to be done next
 
     def _advance(self) -> list[Effect]:
-        """All that can be started now for the present step."""
-        number = self.applied_step + 1
-        step = self._steps.get(number)
-        if step is None or self._applying or self.failed:
-            return []
+        """What the shell may begin now."""
         effects: list[Effect] = []
-        micro_batches = self.wiring.micro_batches
-        while step.forwards_run < micro_batches and step.activations.has(step.forwards_run):
-            inputs = step.activations.take(step.forwards_run)
-            effects.append(RunForward(number, step.forwards_run, inputs))
-            step.forwards_run += 1
-        # A loss has to know the samples of the whole batch before it can weigh a part.
-        ready = step.forwards_done
-        if self.wiring.is_loss and ready < micro_batches:
-            ready = 0
-        while step.backwards_run < ready and step.gradients.has(step.backwards_run):
-            gradients = step.gradients.take(step.backwards_run)
-            weight = _weight(step.metrics, step.backwards_run)
-            effects.append(RunBackward(number, step.backwards_run, gradients, weight))
-            step.backwards_run += 1
-        if self.reported_step == number and self.decided_step >= number:
-            self._applying = True
-            effects.append(RunApply(number))
+        while not self.failed and self._running < RUNNING_MAX:
+            effect = self._apply() or self._backward() or self._forward()
+            if effect is None:
+                break
+            self._running += 1
+            effects.append(effect)
         return effects
 
-    def _current(self, number: int) -> _Step:
-        if number != self.applied_step + 1 or number not in self._steps:
-            raise ValueError(f"a result of step {number}, which does not run")
-        return self._steps[number]
+    def _apply(self) -> Effect | None:
+        step = self.applied_step + 1
+        due = self.reported_step if self.pace.ahead else self.decided_step
+        if self._applying or due < step:
+            return None
+        self._applying = True
+        return RunApply(step, self._norms.get(step, 0.0))
 
-    def _in_order(self, micro_batch: int, done: int, run: int) -> None:
-        if micro_batch != done or done >= run:
-            raise ValueError(f"a result of micro-batch {micro_batch}, which was not due")
+    def _backward(self) -> Effect | None:
+        for index, line in enumerate(self._lines):
+            number = line.turned
+            inboxes = self._into[index][1]
+            if number < line.forwarded and all(number in inbox.payloads for inbox in inboxes):
+                line.turned += 1
+                gradients = tuple(inbox.payloads.pop(number) for inbox in inboxes)
+                return RunBackward(index, *self._where(number), gradients)
+        return None
+
+    def _forward(self) -> Effect | None:
+        for index, line in enumerate(self._lines):
+            number = line.begun
+            step, micro_batch = self._where(number)
+            if not self._may_begin(step) or number - line.backwarded >= IN_FLIGHT_MAX:
+                continue
+            if line.forwarded - line.sent >= UNSENT_MAX:
+                continue
+            inboxes = self._into[index][0]
+            if all(number in inbox.payloads for inbox in inboxes):
+                line.begun += 1
+                inputs = tuple(inbox.payloads.pop(number) for inbox in inboxes)
+                return RunForward(index, step, micro_batch, inputs, self._samples[step])
+        return None
+
+    def _may_begin(self, step: int) -> bool:
+        """Whether a forward of that step has a state that it may use."""
+        if self.pace.ahead and step > self.decided_step + self.pace.ahead:
+            return False
+        # A step that is about to be applied counts as applied: things run in order.
+        return step <= self.applied_step + self._applying + 1 + self.pace.staleness
+
+    def _trim_norms(self) -> None:
+        """Keeps those that are to be used here, and those that others may not have heard of."""
+        oldest = min(self.applied_step + 1, self.decided_step - self.pace.staleness)
+        self._norms = {step: norm for step, norm in self._norms.items() if step >= oldest}
+
+    def _where(self, number: int) -> tuple[int, int]:
+        """Step and micro-batch of a number."""
+        step, micro_batch = divmod(number, self.pace.micro_batches)
+        return step + 1, micro_batch
+
+    def _number(self, step: int, micro_batch: int) -> int:
+        return (step - 1) * self.pace.micro_batches + micro_batch
+
+    def _due(self, event: ForwardDone | BackwardDone, done: int, begun: int) -> None:
+        number = self._number(event.step, event.micro_batch)
+        if number != done or done >= begun:
+            raise ValueError(
+                f"a result of micro-batch {event.micro_batch} of step {event.step}, "
+                "which was not due"
+            )
+
+    def _ran(self) -> None:
+        if not self._running:
+            raise ValueError("a result that nothing was asked for")
+        self._running -= 1
 
     def _bad(self, what: str) -> Refuse:
-        return Refuse(pb.REFUSAL_CODE_BAD_REQUEST, f"{self.wiring.vnode} {what}")
-
-
-def _weight(metrics: Sequence[Metrics], micro_batch: int) -> float:
-    """The micro-batch's share of the samples, so that parts sum up to the mean over all."""
-    if not metrics:
-        return 1.0  # no loss: the weight is in the gradients that arrive
-    return metrics[micro_batch].samples / sum(part.samples for part in metrics)
+        return Refuse(pb.REFUSAL_CODE_BAD_REQUEST, f"{self._name} {what}")
 
 
 def _combined(metrics: Sequence[Metrics]) -> Metrics | None:
+    """Of a whole batch, from those of its parts."""
     if not metrics:
         return None
-    return Metrics(
-        sum(_weight(metrics, i) * part.loss for i, part in enumerate(metrics)),
-        sum(part.correct for part in metrics),
-        sum(part.samples for part in metrics),
-    )
+    samples = sum(part.samples for part in metrics)
+    loss = sum(part.loss * part.samples for part in metrics) / samples
+    return Metrics(loss, sum(part.correct for part in metrics), samples)

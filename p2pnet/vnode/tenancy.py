@@ -62,6 +62,7 @@ WAITS_S = 3.0  # for a log: less than callers' patience
 READY_WAITS_S = 15.0
 QUIET_S = 3.0  # without a heartbeat, until a host asks the log whether it has been replaced
 LOOK_AGAIN_S = 10.0
+LAPSED_S = 15.0  # how long what a newer claim has ended stays in memory, to go on from
 ORPHANED_S = 600.0  # how long after its lease a VNode is kept for an orchestrator to come back
 
 
@@ -72,6 +73,8 @@ class _Network:
     spent: int = 0  # the newest epoch whose VNodes were here and are no longer
     was_here: bool = False  # before a restart, and no newer claim has been read since
     tenant: Tenant | None = None
+    lapsed: Tenant | None = None  # ended by a newer claim, and still in memory
+    lapsed_until: float = 0.0
     lease_until: float = 0.0
     look_at: float = 0.0  # when the log is asked whether the tenant still is one
 
@@ -126,6 +129,7 @@ class Tenancy:
             for net in self._networks.values()
             if net.tenant is not None
         ]
+        times += [net.lapsed_until for net in self._networks.values() if net.lapsed is not None]
         waits = (net.log.deadline() for net in self._networks.values() if net.log.is_read)
         return min((*times, *(at for at in waits if at is not None)), default=None)
 
@@ -133,15 +137,21 @@ class Tenancy:
         """Raises AssertionError if an invariant does not hold."""
         tenants = self.tenants()
         assert len(tenants) <= NETWORKS_MAX
-        assert sum(tenant.size_bytes for tenant in tenants) <= self._limits.memory_bytes
+        lapsed = [net.lapsed for net in self._networks.values() if net.lapsed is not None]
+        held = sum(tenant.size_bytes for tenant in (*tenants, *lapsed))
+        assert held <= self._limits.memory_bytes
         for network_id, net in self._networks.items():
             assert net.standing.network_id == network_id
             net.log.check()
             assert net.spent <= net.standing.epoch
+            if net.lapsed is not None:
+                assert net.lapsed.epoch < net.standing.epoch
             if net.tenant is not None:
                 assert net.kept is not None
                 assert net.kept.epoch >= net.tenant.epoch
-                assert net.tenant.sizes
+                assert net.tenant.sizes or net.tenant.following
+                assert not any(vnode in net.tenant.sizes for vnode in net.tenant.following)
+                assert net.lapsed is None
                 assert not net.standing.closed
                 assert net.tenant.epoch == net.standing.epoch > net.spent
                 assert net.tenant.claimant == net.standing.claimant
@@ -206,9 +216,12 @@ class Tenancy:
         return None if net is None else net.standing
 
     def refuse(
-        self, network_id: str, epoch: int, vnode: str, now: float
+        self, network_id: str, epoch: int, vnode: str, now: float, *, following: bool = False
     ) -> common_pb2.Refusal | None:
-        """Why a call for a VNode is refused; None: it is in date, and the VNode lives here."""
+        """Why a call for a VNode is refused; None: it is in date, and the VNode lives here.
+
+        `following`: it is good enough if the VNode is followed here.
+        """
         net = self._networks.get(network_id)
         if net is None or not net.standing.epoch:
             return refusal(
@@ -219,7 +232,11 @@ class Tenancy:
             return net.log.closed()
         if epoch < net.standing.epoch:
             return net.log.stale(host)
-        if net.tenant is None or vnode not in net.tenant.sizes:
+        tenant = net.tenant
+        here = tenant is not None and (
+            vnode in tenant.sizes or (following and vnode in tenant.following)
+        )
+        if tenant is None or not here:
             return refusal(
                 common_pb2.REFUSAL_CODE_NOT_HOSTED,
                 f"this peer does not host {vnode[:80]}",
@@ -231,7 +248,7 @@ class Tenancy:
         if now > net.lease_until:
             return refusal(
                 common_pb2.REFUSAL_CODE_LEASE_EXPIRED,
-                f"the orchestrator of {net.tenant.name} has not renewed this peer's lease",
+                f"the orchestrator of {tenant.name} has not renewed this peer's lease",
             )
         return None
 
@@ -302,6 +319,11 @@ class Tenancy:
             net.lease_until = max(net.lease_until, now + request.lease_s)
             net.look_at = now + QUIET_S
             return [Reply(event.ask)]
+        lapsed, live_step = net.lapsed, request.live_step
+        live = live_step > 0
+        if live and not _goes_on(offer, lapsed):
+            return [Reply(event.ask, _cannot_go_on(live_step, offer))]
+        net.lapsed = None
         net.tenant = Tenant(
             network_id=offer.network_id,
             name=offer.opened.name,
@@ -310,10 +332,13 @@ class Tenancy:
             claimant=offer.claimant,
             sizes=offer.sizes,
             state_url=offer.opened.state_url,
+            following=offer.following,
+            replicas=offer.graph.replicas,
         )
         net.lease_until = now + request.lease_s
         net.look_at = now + QUIET_S
-        return [*self._keep(net), Begin(net.tenant, offer, request), Reply(event.ask)]
+        begin = Begin(net.tenant, offer, request, live)
+        return [*self._keep(net), begin, Reply(event.ask)]
 
     def _outdone(self, net: _Network, offer: Offer) -> common_pb2.Refusal | None:
         """Why a claim is not, or no longer, to be followed, by what is known of the log."""
@@ -325,7 +350,9 @@ class Tenancy:
         ):
             return net.log.stale()
         gone = offer.epoch == standing.epoch and (
-            offer.epoch == net.spent or (net.tenant and net.tenant.sizes != offer.sizes)
+            offer.epoch == net.spent
+            or (net.tenant and net.tenant.sizes != offer.sizes)
+            or (net.tenant and net.tenant.following != offer.following)
         )
         if gone:
             return refusal(
@@ -341,10 +368,16 @@ class Tenancy:
         others = [it for it in self.tenants() if it.network_id != offer.network_id]
         if self._draining and self.tenant(offer.network_id) is None:
             return _leaving()
-        free_bytes = self._limits.memory_bytes - sum(it.size_bytes for it in others)
+        lapsed = [
+            net.lapsed
+            for net in self._networks.values()
+            if net.lapsed is not None and net.lapsed.network_id != offer.network_id
+        ]
+        free_bytes = self._limits.memory_bytes - sum(it.size_bytes for it in (*others, *lapsed))
+        hosted = sum(len(it.sizes) + len(it.following) for it in others)
         if (
             offer.size_bytes > free_bytes
-            or sum(len(it.sizes) for it in others) + len(offer.sizes) > VNODES_MAX
+            or hosted + len(offer.sizes) + len(offer.following) > VNODES_MAX
             or len(others) >= NETWORKS_MAX
         ):
             return refusal(
@@ -440,7 +473,7 @@ class Tenancy:
         try:
             if net.log.take(event.entries):
                 net.was_here = False
-                effects += self._end(net)  # under the older claim nothing counts any more
+                effects += self._lapse(net, now)
                 if net.kept is not None:
                     effects += self._keep(net)
         except RemoteError as error:
@@ -493,17 +526,41 @@ class Tenancy:
         net.kept = None
         return [*ended, *self._forget()]
 
+    def _lapse(self, net: _Network, now: float) -> list[Effect]:
+        """Under an older claim nothing counts any more.
+
+        What is in memory may: the newer claim may go on from it, where VNodes have standbys.
+        A claim after that may not, since it is not known here what came between.
+        """
+        tenant, earlier = net.tenant, self._let_go(net)
+        if tenant is None or tenant.replicas < 2 or net.standing.closed:
+            return [*earlier, *self._end(net)]
+        net.tenant, net.spent = None, tenant.epoch
+        net.lapsed, net.lapsed_until = tenant, now + LAPSED_S
+        ended = (*tenant.sizes, *tenant.following)
+        return [*earlier, End(tenant.network_id, ended, keep=True)]
+
+    def _let_go(self, net: _Network) -> list[Effect]:
+        """What a newer claim has ended leaves the memory."""
+        lapsed, net.lapsed = net.lapsed, None
+        if lapsed is None:
+            return []
+        return [End(lapsed.network_id, (*lapsed.sizes, *lapsed.following))]
+
     def _end(self, net: _Network, vnodes: tuple[str, ...] = ()) -> list[Effect]:
-        """Lets VNodes of a network go; with none named, all."""
+        """Lets VNodes of a network go, followed ones included; with none named, all."""
         tenant = net.tenant
         if tenant is None:
             return []
-        gone = {
-            vnode: size for vnode, size in tenant.sizes.items() if vnode in (vnodes or tenant.sizes)
-        }
-        left = {vnode: size for vnode, size in tenant.sizes.items() if vnode not in gone}
-        net.tenant = replace(tenant, sizes=left) if left else None
-        if not left:
+        here = (*tenant.sizes, *tenant.following)
+        gone = dict.fromkeys(vnode for vnode in here if not vnodes or vnode in vnodes)
+        left, followed = (
+            {vnode: size for vnode, size in sizes.items() if vnode not in gone}
+            for sizes in (tenant.sizes, tenant.following)
+        )
+        some = left or followed
+        net.tenant = replace(tenant, sizes=left, following=followed) if some else None
+        if not some:
             net.spent = tenant.epoch
         return [End(tenant.network_id, tuple(gone))] if gone else []
 
@@ -511,6 +568,8 @@ class Tenancy:
         effects: list[Effect] = []
         for net in self._networks.values():
             effects += self._waited(net, now)
+            if net.lapsed is not None and now >= net.lapsed_until:
+                effects += self._let_go(net)
             if net.tenant is None:
                 continue
             if now >= net.lease_until + ORPHANED_S:
@@ -526,7 +585,7 @@ class Tenancy:
         idle = [
             network_id
             for network_id, net in self._networks.items()
-            if net.tenant is None and not net.log.is_read
+            if net.tenant is None and net.lapsed is None and not net.log.is_read
         ]
         kept = [network_id for network_id in idle if self._networks[network_id].kept]
         heard = [network_id for network_id in idle if not self._networks[network_id].kept]
@@ -534,6 +593,24 @@ class Tenancy:
         for network_id in (*over, *heard[: max(0, len(heard) - HEARD_MAX)]):
             del self._networks[network_id]
         return [Persist(network_id, None) for network_id in over]
+
+
+def _goes_on(offer: Offer, lapsed: Tenant | None) -> bool:
+    """Whether all that is asked for was here, or was followed, under the very claim before."""
+    return (
+        lapsed is not None
+        and lapsed.epoch == offer.epoch - 1
+        and all(map(lapsed.has, (*offer.sizes, *offer.following)))
+    )
+
+
+def _cannot_go_on(live_step: int, offer: Offer) -> common_pb2.Refusal:
+    return refusal(
+        common_pb2.REFUSAL_CODE_FAILED,
+        f"this peer cannot go on from step {live_step}: it did not have all of "
+        f"{offer.opened.name} that it is asked for under epoch {offer.epoch - 1}",
+        epoch=offer.epoch,
+    )
 
 
 def _leaving() -> common_pb2.Refusal:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from p2pnet.core import Tick
 from p2pnet.log.entry import parse_entry
@@ -143,28 +143,44 @@ class Tenant:
     claimant: str  # peer id
     sizes: Mapping[str, int]  # VNode -> bytes of memory, with the largest batch
     state_url: str  # where its states live, as its owner says; empty: on peers
+    following: Mapping[str, int] = field(default_factory=dict)  # the same, of what is followed
+    replicas: int = 1  # above 1: a newer claim may go on from what is in memory
 
     @property
     def size_bytes(self) -> int:
-        """What its VNodes are admitted for together."""
-        return sum(self.sizes.values())
+        """What its VNodes, followed ones included, are admitted for together."""
+        return sum(self.sizes.values()) + sum(self.following.values())
+
+    def has(self, vnode: str) -> bool:
+        """Whether the VNode lives here, or is followed here."""
+        return vnode in self.sizes or vnode in self.following
 
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Run the tenant's VNodes, as the request says, instead of what was here of its network."""
+    """Run the tenant's VNodes, as the request says, instead of what was here of its network.
+
+    `live`: go on in memory from the request's `live_step`, with the request's `norms`. All
+    that is asked for was here or was followed here until now, under the claim before.
+    """
 
     tenant: Tenant
     offer: Offer
     request: pnode_pb2.AllocateRequest
+    live: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Run these VNodes no longer."""
+    """Run these VNodes, or follow them, no longer.
+
+    `keep`: there is a newer claim, which may go on from their states in memory. They stay
+    until a `Begin`, or until an `End` without it.
+    """
 
     network_id: str
     vnodes: tuple[str, ...]
+    keep: bool = False
 
 
 @dataclass(frozen=True, slots=True)

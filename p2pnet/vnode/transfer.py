@@ -8,7 +8,8 @@ from p2pnet.errors import ForgedError, RefusedError, UnreachableError
 from p2pnet.keys import sha256
 from p2pnet.net.dialer import Dialer, PeerContact
 from p2pnet.v1 import vnode_pb2
-from p2pnet.vnode.blobs import BLOB_BYTES_MAX, chunks_of
+from p2pnet.vnode.blobs import BLOB_BYTES_MAX, chunks_of, finished
+from p2pnet.vnode.network import clip
 
 
 async def put_blob(
@@ -47,7 +48,7 @@ async def get_blob(
 
     Raises:
         UnreachableError: no connection, or not in time.
-        RefusedError: the peer does not have it.
+        RefusedError: the peer does not have it (code STATE_LOST), or has no time for it.
         ForgedError: it sent something else.
     """
     data = bytearray()
@@ -57,10 +58,12 @@ async def get_blob(
         await stream.write(vnode_pb2.BlobGetRequest(digest=digest))
         await stream.done_writing()
         while (chunk := await stream.read(timeout_s=timeout_s)) is not None:
+            if chunk.HasField("refusal"):
+                raise RefusedError(clip(chunk.refusal.detail), code=chunk.refusal.code)
             data += chunk.data
             if len(data) > BLOB_BYTES_MAX:
                 raise ForgedError("a peer sent more bytes than any state has")
-    whole = bytes(data)
-    if await asyncio.to_thread(sha256, whole) != digest:
+    whole, sent = await asyncio.to_thread(finished, data)
+    if sent != digest:
         raise ForgedError("a peer sent other bytes than the digest names")
     return whole

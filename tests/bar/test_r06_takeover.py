@@ -49,19 +49,19 @@ def test_r06_mutant_that_goes_on_from_the_states_that_it_has(
     left: dict[tuple[str, str, str], bytes] = {}
     end, load = host_node.HostNode._end, host_node.HostNode.load
 
-    def keeps(node: host_node.HostNode, network_id: str, vnodes: tuple[str, ...]) -> None:
-        for (network, vnode), trainee in node.trainees.items():
-            component = trainee._component
-            if component is not None and not component._taken:
-                left[node.peer_id, network, vnode] = component.state
-        end(node, network_id, vnodes)
+    def keeps(node: host_node.HostNode, network_id: str) -> None:
+        for network, crew in node.crews.items():
+            if crew._hosted is not None and not crew._hosted._held:
+                for vnode, state in crew._hosted.states.items():
+                    left[node.peer_id, network, vnode] = state
+        end(node, network_id)
 
-    def loads(node: host_node.HostNode, trainee: Any, done: Any) -> None:
-        state = left.get((node.peer_id, trainee.network_id, trainee.vnode))
+    def loads(node: host_node.HostNode, crew: Any, vnode: str, done: Any) -> None:
+        state = left.get((node.peer_id, crew.network_id, vnode))
         if state is not None:
             done(state, "")
         else:
-            load(node, trainee, done)
+            load(node, crew, vnode, done)
 
     monkeypatch.setattr(host_node.HostNode, "_end", keeps)
     monkeypatch.setattr(host_node.HostNode, "load", loads)

@@ -26,12 +26,14 @@ from p2pnet.client.events import (
     NotFound,
     OpenStream,
     OrchestratorFound,
+    Pace,
     Recovery,
     Say,
     Send,
     Started,
     StreamEnded,
     StreamOpened,
+    TellDecided,
     Told,
 )
 from p2pnet.client.feed import RESULT_S, STALL_S, Feed
@@ -45,23 +47,39 @@ from p2pnet.client.link import (
     SILENT_S,
 )
 from p2pnet.core import Tick
-from p2pnet.errors import RefusedError, UnreachableError, UsageError
+from p2pnet.errors import RefusedError, RolledBackError, UnreachableError, UsageError
 from p2pnet.v1 import common_pb2, pnode_pb2
 from p2pnet.v1 import orchestrator_pb2 as pb
 
 E = TypeVar("E")
 A, B = "peer-a", "peer-b"
 NETWORK = "0" * 32
+ALONE = Pace(window=1, norms=0)  # a step at a time
+AHEAD = Pace(window=3, norms=2)
 
 
-def ready(epoch: int = 1, step: int = 0) -> pb.TrainEvent:
+def ready(
+    epoch: int = 1, step: int = 0, live: int = 0, norms: Sequence[float] = ()
+) -> pb.TrainEvent:
     place = pnode_pb2.Location(vnode="v", host=f"host-{epoch}", epoch=epoch)
-    return pb.TrainEvent(ready=pb.TrainReady(epoch=epoch, step=step, locations=[place], graph=b"g"))
+    standby = pnode_pb2.Location(vnode="v", host="another", epoch=epoch, standby=True)
+    return pb.TrainEvent(
+        ready=pb.TrainReady(
+            epoch=epoch,
+            step=step,
+            locations=[place, standby],
+            graph=b"g",
+            live_step=live,
+            norms=norms,
+        )
+    )
 
 
 def decided(step: int, epoch: int = 1) -> pb.TrainEvent:
     return pb.TrainEvent(
-        decided=pb.StepDecided(epoch=epoch, step=step, loss=step / 8, correct=step, samples=4)
+        decided=pb.StepDecided(
+            epoch=epoch, step=step, loss=step / 8, correct=step, samples=4, norm=step / 2
+        )
     )
 
 
@@ -150,9 +168,9 @@ def commands(effects: Sequence[object]) -> list[str | None]:
     return [effect.command.WhichOneof("what") for effect in of(Send, effects)]
 
 
-def training(steps: int = 3, batches: int = 5) -> Run:
+def training(steps: int = 3, batches: int = 5, pace: Pace = ALONE) -> Run:
     """A run of which so many steps are decided and none is committed."""
-    run = Run(OrchestratorFound(A, 1), StreamOpened(1), ready())
+    run = Run(OrchestratorFound(A, 1), StreamOpened(1), ready(), pace)
     run.give(batches)
     for step in range(1, steps + 1):
         run.take(decided(step))
@@ -182,6 +200,95 @@ def test_one_step_is_out_at_a_time_and_results_come_in_order() -> None:
     run.take(decided(2))
     run.take(decided(3))
     assert run.delivered == [1, 2, 3]
+
+
+def fed(effects: Sequence[object]) -> list[int]:
+    return [effect.step for effect in of(FeedStep, effects)]
+
+
+def test_as_many_steps_are_out_as_the_network_wants() -> None:
+    run = Run(OrchestratorFound(A, 1), ready(), AHEAD)
+    assert fed(run.give(2)) == [1, 2]
+    assert fed(run.give(3)) == [3]
+    first = only(FeedStep, run.take(decided(1)))
+    assert (first.step, first.decided_step, first.norms) == (4, 1, (0.5,))
+    assert not run.take(decided(3))  # out of order
+    second = only(FeedStep, run.take(decided(2)))
+    assert (second.step, second.decided_step, second.norms) == (5, 2, (0.5, 1.0))
+    assert fed(run.take(recovering())) == []
+    assert fed(run.take(ready(2, step=1))) == [2, 3, 4]
+
+
+def test_a_decision_rides_on_the_next_batch_or_goes_alone() -> None:
+    run = training(0, batches=4, pace=AHEAD)
+    effects = run.take(decided(1))
+    assert fed(effects) == [4]
+    assert not of(TellDecided, effects)
+    told = only(TellDecided, run.take(decided(2)))
+    assert (told.epoch, told.step, told.norms) == (1, 2, (0.5, 1.0))
+    assert told.locations == {"v": "host-1"}
+    assert only(TellDecided, run.take(decided(3))).norms == (1.0, 1.5)
+    after = only(FeedStep, run.give())  # it says so again: it may overtake the other
+    assert (after.step, after.decided_step, after.norms) == (5, 3, (1.0, 1.5))
+    run = training(0, batches=1)
+    assert only(TellDecided, run.take(decided(1))).norms == ()  # nothing is clipped
+
+
+def test_nothing_is_told_that_hosts_begin_with() -> None:
+    run = training(3, batches=3, pace=AHEAD)
+    run.take(committed(3))
+    run.take(recovering())
+    assert not of(TellDecided, run.take(ready(2, step=3, norms=[1.0, 1.5])))
+    fed_next = only(FeedStep, run.give())
+    assert (fed_next.step, fed_next.decided_step, fed_next.norms) == (4, 3, (1.0, 1.5))
+
+
+def test_a_wider_window_is_used_at_once() -> None:
+    run = training(0, batches=4)
+    assert fed(run.take(AHEAD)) == [2, 3]
+
+
+def test_it_goes_on_from_a_step_that_is_decided_and_still_there() -> None:
+    run = training(4, batches=6, pace=AHEAD)
+    run.take(committed(2))
+    run.take(recovering())
+    effects = run.take(ready(2, step=2, live=4, norms=[1.5, 2.0]))
+    assert fed(effects) == [5, 6]
+    assert of(FeedStep, effects)[0].norms == (1.5, 2.0)
+    run.take(decided(5, epoch=2))
+    run.take(recovering())
+    assert fed(run.take(ready(3, step=2))) == [3, 4, 5]  # no commit has covered these
+    for step in range(3, 7):
+        run.take(decided(step, epoch=3))
+    assert run.delivered == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_begins_on_a_step_that_is_not_committed_cannot_go_back_behind_it() -> None:
+    run = Run(OrchestratorFound(A, 1), ready(1, step=2, live=4))
+    assert only(Started, run.seen).step == 4
+    assert fed(run.give()) == [5]
+    run.take(recovering())
+    error = only(GiveUp, run.take(ready(2, step=2))).error
+    assert isinstance(error, RolledBackError)
+    assert error.step == 3
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_several_steps_that_were_decided_unheard(told: bool) -> None:
+    run = training(1, batches=5, pace=AHEAD)
+    run.take(recovering())
+    assert fed(run.take(ready(2, step=0, live=4))) == [5]
+    if told:
+        results = of(Deliver, run.take(decided(3, epoch=2)))
+        assert [(it.result.step, it.result.known) for it in results] == [(2, False), (3, True)]
+        assert only(Deliver, run.take(decided(4, epoch=2))).result.known
+        assert not of(Deliver, run.wait(RESULT_S))
+    else:
+        results = of(Deliver, run.wait(RESULT_S))
+        assert [it.result.step for it in results] == [2, 3, 4]
+        assert not any(it.result.known for it in results)
+    run.take(decided(5, epoch=2))
+    assert run.delivered == [1, 2, 3, 4, 5]
 
 
 def test_after_a_recovery_what_no_commit_covers_is_fed_again_and_counts_once() -> None:
@@ -274,6 +381,7 @@ def test_nothing_heard_is_complained_of_every_so_often() -> None:
 def test_a_host_that_cannot_be_fed_is_told_on_once_and_for_this_step_only() -> None:
     run = training(1)
     assert not run.take(FeedFailed(1, 1, "h", "late"))
+    assert not run.take(FeedFailed(1, 3, "h", "not out yet"))
     assert not run.take(FeedFailed(2, 2, "h", "of no epoch of ours"))
     failed = only(Send, run.take(FeedFailed(1, 2, "h", "gone"))).command.failed
     assert (failed.epoch, failed.step, failed.host, failed.reason) == (1, 2, "h", "gone")
@@ -421,7 +529,9 @@ def test_a_network_that_went_back_behind_a_commit() -> None:
     run.take(committed(3))
     run.take(recovering())
     error = only(GiveUp, run.take(ready(2, step=2))).error
-    assert "batch 3 is not kept any more" in str(error)
+    assert isinstance(error, RolledBackError)
+    assert error.step == 3
+    assert "went back to step 2: feed it again from batch 3" in str(error)
 
 
 def test_a_network_that_somebody_else_has_trained_meanwhile() -> None:
@@ -503,6 +613,10 @@ def states() -> dict[str, Run]:
     unheard = training(2)
     unheard.take(recovering())
     unheard.take(ready(2, step=3))
+    ahead = training(2, pace=AHEAD)
+    behind = training(1, pace=AHEAD)
+    behind.take(recovering())
+    behind.take(ready(2, live=3))
     finished = training(2, batches=2)
     finished.take(NoMore())
     finished.take(done(2))
@@ -516,6 +630,8 @@ def states() -> dict[str, Run]:
         "ending": ending,
         "recovers": recovers,
         "unheard": unheard,
+        "ahead": ahead,
+        "behind": behind,
         "finished": finished,
     }
 
@@ -529,6 +645,9 @@ EVENTS: dict[str, Event | pb.TrainEvent] = {
     "ready": ready(1, step=1),
     "ready later": ready(4, step=2),
     "ready beyond": ready(4, step=99),
+    "ready alive": ready(4, step=1, live=2),
+    "ready alive beyond": ready(4, step=1, live=99),
+    "pace": Pace(2, 1),
     "decided": decided(3),
     "decided old": decided(1),
     "decided beyond": decided(99),
@@ -572,7 +691,9 @@ class World:
         self.peer = A
         self.at = 0  # decided under the present claim
         self.committed = 0
+        self.window = 1 + seed % 4
         self.fed: tuple[int, int] | None = None
+        self.told = 0  # what hosts have heard of decisions in this epoch
         self.end: int | None = None
         self.known = (A, 1)
         self.streams: dict[int, str] = {}
@@ -595,13 +716,21 @@ class World:
                     self.commands.append((effect.stream, effect.command))
                 case FeedStep():
                     if effect.epoch == self.epoch:
-                        assert effect.step == self.at + 1
+                        assert self.at < effect.step <= effect.decided_step + self.window
+                        assert self.fed is None or self.fed < (effect.epoch, effect.step)
+                        assert self.told <= effect.decided_step <= self.at
+                        self.told = effect.decided_step
                     self.fed = (effect.epoch, effect.step)
+                case TellDecided():
+                    if effect.epoch == self.epoch:
+                        assert self.told < effect.step <= self.at
+                        self.told = effect.step
                 case FindOrchestrator():
                     assert not self.finding
                     self.finding = True
                 case Started():
                     self.started = True
+                    self.do(self.run.take(Pace(self.window, 0)))
                 case Deliver():
                     if not effect.result.known:
                         self.unknown += 1
@@ -616,19 +745,26 @@ class World:
     def claim(self, peer: str) -> None:
         """Another orchestrator, or the same one, places the network anew."""
         self.epoch += 1
-        self.at = self.committed
         if peer != self.peer:
             if self.begun in self.streams and self.rng.random() < 0.7:
                 stream, self.begun = self.begun, 0
                 self.do(self.run.take(StreamEnded(stream, "reset")))
             self.peer, self.begun, self.end = peer, 0, None
+            self.at = self.committed
         elif self.begun:
             self.tell(recovering())
-            self.resume()
+            live = self.rng.random() < 0.5
+            self.at = self.at if live else self.committed
+            self.resume(live)
+        else:
+            self.at = self.committed
 
-    def resume(self) -> None:
-        self.at = self.committed
-        self.tell(ready(self.epoch, self.committed))
+    def resume(self, live: bool = False) -> None:
+        """All VNodes still have the step that it is `at`, or it goes on from the commit."""
+        if not live:
+            self.at = self.committed
+        self.told = self.at
+        self.tell(ready(self.epoch, self.committed, self.at if live else 0))
         if self.committed and self.rng.random() < 0.5:
             self.tell(decided(self.committed, self.epoch))
 
@@ -655,7 +791,8 @@ class World:
             self.claim(self.peer)
 
     def step(self) -> None:
-        if self.fed is not None and self.fed == (self.epoch, self.at + 1):
+        is_out = self.fed is not None and (self.epoch, self.at + 1) <= self.fed
+        if is_out and self.told >= self.at + 1 - max(1, self.window - 1):
             self.at += 1
             self.tell(decided(self.at, self.epoch))
 

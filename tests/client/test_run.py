@@ -29,7 +29,6 @@ from p2pnet.errors import (
 )
 from p2pnet.v1 import common_pb2
 from p2pnet.vnode.state import model_digest
-from p2pnet.vnode.tensors import encode
 
 STEPS = 8
 
@@ -96,11 +95,11 @@ def check(trained: Trained) -> None:
 
 @pytest.mark.parametrize("cut_every", [1, 3])
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("report", [1, 5, 6])
+@pytest.mark.parametrize("report", [1, 3, 4])
 def test_a_broken_connection_is_opened_anew(
     tmp_path: Path, report: int, when: str, cut_every: int
 ) -> None:
-    """It breaks at a report of step 5; with the sixth the step is decided."""
+    """It breaks at a host's report of step 5; with the fourth the step is decided."""
 
     async def main() -> None:
         async with MemorySwarm(tmp_path, "abcd") as swarm:
@@ -116,7 +115,7 @@ def test_a_broken_connection_is_opened_anew(
             hooks = swarm.before if when == "before" else swarm.after
             hooks.append(hook)
             trained = await train(session, network, STEPS)
-            assert len(seen) >= 6
+            assert len(seen) >= 4
             check(trained)
             commits = commits_of(await swarm.log_of(network.network_id))
             assert commits == sorted(set(commits))
@@ -274,8 +273,7 @@ def test_a_tensor_that_a_host_refuses_ends_the_run(tmp_path: Path) -> None:
 
             def garble(letter: Letter) -> None:
                 if letter.method == "VNode/Train" and letter.request.source == "x":
-                    letter.request.tensor.CopyFrom(encode(np.zeros((4, 5), np.float32)))
-                    letter.request.tensor_digest = b""
+                    letter.request.tensor.shape[:] = [2, 12]
 
             swarm.before.append(garble)
             began = swarm.loop.time()

@@ -359,13 +359,19 @@ class Swarm:
             command += ["--listen", LOOPBACK]
         if "--bootstrap" not in options and self.bootstrap.exists():
             command += ["--bootstrap", str(self.bootstrap)]
+        if "--device" not in options:  # what is computed is compared with torch on the CPU
+            command += ["--device", "cpu"]
         started = time.monotonic()
         return self.process(*command, *options), data_dir, started
 
     def process(self, *args: str) -> Process:
         """Starts `p2pnet ARGS`, and ends it at the latest when the swarm ends."""
+        return self.start([*COMMAND, *args])
+
+    def start(self, command: Sequence[str]) -> Process:
+        """Starts a command, and ends it at the latest when the swarm ends."""
         log = self.directory / f"process{len(self._processes)}.log"
-        process = Process([*COMMAND, *args], self.env, log)
+        process = Process(command, self.env, log)
         self._processes.append(process)
         return process
 

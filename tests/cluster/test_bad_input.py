@@ -87,6 +87,28 @@ def test_a_port_in_use(alone: Swarm, what: str) -> None:
     assert "in use" in sentence or "taken" in sentence
 
 
+def test_a_gpu_that_is_not_there(alone: Swarm) -> None:
+    data_dir = str(alone.directory / "node")
+    sentence = alone.cli("join", "--device", "cuda:99", "--data-dir", data_dir).sentence()
+    assert sentence.startswith("p2pnet: --device cuda:99: ")
+
+
+def test_more_threads_than_cpus(alone: Swarm) -> None:
+    data_dir = str(alone.directory / "node")
+    options = ("--cpus", "1.5", "--threads", "2", "--data-dir", data_dir)
+    assert "2 threads are more than the 1.5 CPUs" in alone.cli("join", *options).sentence()
+
+
+def test_a_node_says_what_it_computes_on(alone: Swarm) -> None:
+    node = alone.join("--device", "cpu", "--cpus", "0.5")
+    assert node.ready["device"] == "cpu"
+    (row,) = node.client.members()
+    lent = row["capabilities"]
+    assert (lent["device"], lent["threads"], lent["cpus"]) == ("cpu", 1, 0.5)
+    assert "cpu" in lent["devices"]
+    assert "libtorch" not in node.libraries()
+
+
 def test_a_data_dir_in_use(calm: Swarm) -> None:
     node = calm.nodes[0]
     sentence = calm.cli("join", "--listen", LOOPBACK, node=node).sentence()
@@ -270,6 +292,9 @@ USAGES = {
     "a verb": ["frobnicate"],
     "an option": ["members", "--frob"],
     "a size": ["join", "--memory", "much"],
+    "a device": ["join", "--device", "gpu"],
+    "no threads": ["join", "--threads", "0"],
+    "no CPUs": ["join", "--cpus", "0"],
     "a port": ["join", "--grpc-port", "70000"],
     "a missing argument": ["submit"],
     "a duration": ["submit", "some.yaml", "--expires", "soon"],

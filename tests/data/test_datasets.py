@@ -78,6 +78,7 @@ def test_batches_keep_the_ragged_last_one() -> None:
     order = sample_order(10, 0, 2)
     assert np.array_equal(np.concatenate([part for part, _ in parts]), x[order])
     assert np.array_equal(np.concatenate([part for _, part in parts]), y[order])
+    assert [len(part) for part, _ in batches(x, y, 4, 0, 2, smallest=3)] == [4, 4]
     with pytest.raises(UsageError):
         next(batches(x, y, 0, 0, 0))
 

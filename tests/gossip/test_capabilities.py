@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 import trio
 
+from p2pnet.errors import MalformedError
 from p2pnet.gossip import capabilities_shell
+from p2pnet.gossip.capabilities import Capabilities, read_capabilities, write_capabilities
 from p2pnet.gossip.capabilities_shell import (
     CACHE_NAME,
     find_devices,
     local_capabilities,
     measure_matmul_gflops,
 )
+from p2pnet.v1 import gossip_pb2
 
 
 def test_what_is_found_and_what_is_told_instead() -> None:
@@ -30,6 +33,19 @@ def test_what_is_found_and_what_is_told_instead() -> None:
     assert found.matmul_gflops == 0.0
     told = local_capabilities(cpus=1.5, memory_bytes=77, hosting=False, matmul_gflops=3.0)
     assert (told.cpus, told.memory_bytes, told.hosting, told.matmul_gflops) == (1.5, 77, False, 3.0)
+
+
+def test_an_advert_says_what_there_is_and_what_is_used() -> None:
+    lent = Capabilities(
+        cpus=2.0, devices=("cpu", "cuda:0 NVIDIA A"), device="cuda:0 NVIDIA A", threads=2
+    )
+    said = write_capabilities(lent)
+    assert read_capabilities(said) == lent
+    older = gossip_pb2.Capabilities(cpus=2.0, devices=["cpu"])
+    assert read_capabilities(older) == Capabilities(cpus=2.0, devices=("cpu",))
+    for device in ("d" * 129, "\x1b[31mred"):
+        with pytest.raises(MalformedError, match="device"):
+            read_capabilities(gossip_pb2.Capabilities(device=device))
 
 
 def test_nvidia_devices_are_named_by_the_driver(tmp_path: Path) -> None:
@@ -62,6 +78,21 @@ def test_the_speed_is_measured_once_and_kept_for_this_cpu(
     assert trio.run(measure_matmul_gflops, tmp_path) == gflops
     (tmp_path / CACHE_NAME).write_text(json.dumps({**held, "cpu_model": "another"}))
     assert trio.run(measure_matmul_gflops, tmp_path) == 0.0
+
+
+def test_the_speed_of_two_threads_is_measured_with_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\necho '{\"gflops\": '$OMP_NUM_THREADS.5'}'\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    for threads in (1, 2, 1):
+
+        async def main(threads: int = threads) -> float:
+            return await measure_matmul_gflops(tmp_path, threads=threads)
+
+        assert trio.run(main) == threads + 0.5
 
 
 @pytest.mark.parametrize("program", ["import sys; sys.exit(3)", "print('no json')", "print('{}')"])

@@ -26,12 +26,11 @@ from p2pnet.log.directory import DirectoryLog
 from p2pnet.log.history import History, new_claim, parse_entry
 from p2pnet.log.shell import open_log
 from p2pnet.v1 import common_pb2, log_pb2, orchestrator_pb2, records_pb2, vnode_pb2
-from p2pnet.vnode.network import BATCH_SAMPLES
 
 STEPS = 8
 GRAPH = small_graph()
 # Of each of three hosts that can just hold the network, where two cannot.
-LENT_BYTES = sum(GRAPH.node(vnode).memory_bytes(BATCH_SAMPLES) for vnode in GRAPH.vnodes()) * 2 // 5
+LENT_BYTES = sum(GRAPH.memory_bytes(vnode) for vnode in GRAPH.vnodes()) * 2 // 5
 
 
 @pytest.mark.parametrize("nodes", ["abc", "abcd", "abcde"])

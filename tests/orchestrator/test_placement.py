@@ -32,11 +32,14 @@ from p2pnet.orchestrator.placement import (
 )
 from p2pnet.orchestrator.predict import predict
 from p2pnet.orchestrator.spec import load_spec
-from p2pnet.vnode.draft import Draft, TensorSpec
+from p2pnet.vnode.draft import Draft, Settings, TensorSpec
 from p2pnet.vnode.graph import CompiledGraph, compile_graph
 
-DIGITS = load_spec(Path(p2pnet.__file__).parent / "data" / "digits.yaml")
 GIB = 1 << 30
+BATCH_MAX = 32  # what memory is lent for
+DIGITS = replace(
+    load_spec(Path(p2pnet.__file__).parent / "data" / "digits.yaml"), batch_max=BATCH_MAX
+)
 
 
 def host(name: str, memory: int = GIB, gflops: float = 20.0, vnodes: int = 0) -> HostView:
@@ -66,13 +69,14 @@ def chain(widths: list[int]) -> CompiledGraph:
         loss=Draft("loss", "MSELoss", {}, (drafts[-1].id,)),
         optimizer="Adam",
         optimizer_config={},
+        settings=Settings(batch_max=BATCH_MAX),
     )
 
 
-def used(graph: CompiledGraph, placement: Placement, batch_size: int) -> dict[str, int]:
+def used(graph: CompiledGraph, placement: Placement) -> dict[str, int]:
     taken: dict[str, int] = collections.defaultdict(int)
     for vnode, peer in placement.assignments.items():
-        taken[peer] += graph.node(vnode).memory_bytes(batch_size)
+        taken[peer] += graph.memory_bytes(vnode)
     return taken
 
 
@@ -137,7 +141,7 @@ def test_after_a_loss_only_what_it_hosted_moves() -> None:
             host(
                 view.peer_id,
                 GIB - sum(
-                    DIGITS.node(vnode).memory_bytes(32)
+                    DIGITS.memory_bytes(vnode)
                     for vnode, peer in before.items()
                     if peer == view.peer_id
                 ),
@@ -160,11 +164,11 @@ def test_a_crowd_on_one_host_spreads_when_others_join() -> None:
 
 def test_what_fits_only_when_the_large_goes_first_is_placed() -> None:
     graph = chain([32, 32, 512, 512])
-    sizes = [graph.node(vnode).memory_bytes(1) for vnode in graph.vnodes()]
+    sizes = [graph.memory_bytes(vnode) for vnode in graph.vnodes()]
     hosts = [host("a", max(sizes), gflops=1000.0), host("b", sum(sizes) - max(sizes))]
     placement = place(graph, hosts, batch_size=1)
     assert placement.assignments["fc2"] == "a"
-    assert used(graph, placement, 1) == {"a": hosts[0].memory_free_bytes,
+    assert used(graph, placement) == {"a": hosts[0].memory_free_bytes,
                                          "b": hosts[1].memory_free_bytes}  # fmt: skip
 
 
@@ -178,10 +182,10 @@ def test_a_swarm_that_is_too_small_is_told_by_how_much() -> None:
         "peers have free: 3 more peers with 434.0 KiB free would do, or larger --memory where "
         "peers join"
     )
-    total = sum(DIGITS.node(vnode).memory_bytes(32) for vnode in DIGITS.vnodes())
+    total = sum(DIGITS.memory_bytes(vnode) for vnode in DIGITS.vnodes())
     assert error.value.memory_missing_bytes == total - 3 * (400 << 10)
     assert (error.value.peers_missing, error.value.peer_bytes) == (
-        3, DIGITS.node("fc1").memory_bytes(32),
+        3, DIGITS.memory_bytes("fc1"),
     )  # fmt: skip
     more = hosts + [host(f"q{number}", error.value.peer_bytes) for number in range(3)]
     assert place(DIGITS, more, batch_size=32).assignments
@@ -235,14 +239,14 @@ def test_memory_holds_and_order_does_not_matter(
     if isinstance(placement, str):
         return
     free = {view.peer_id: view.memory_free_bytes for view in hosts}
-    taken = used(graph, placement, batch_size)
+    taken = used(graph, placement)
     assert all(taken[peer] <= free[peer] for peer in taken)
 
     # And again from a random assignment, whose memory is counted as used.
     current = {vnode: rng.choice(hosts).peer_id for vnode in graph.vnodes()}
     moved = place(graph, hosts, batch_size=batch_size, current=current)
-    held = used(graph, Placement(current, {}, ()), batch_size)
-    taken = used(graph, moved, batch_size)
+    held = used(graph, Placement(current, {}, ()))
+    taken = used(graph, moved)
     assert all(taken[peer] <= free[peer] + held[peer] for peer in taken)
 
 
@@ -257,7 +261,7 @@ def test_each_goes_where_it_would_be_done_first(hosts: list[HostView]) -> None:
     except SwarmTooSmallError:
         return
     node = one.node("fc0")
-    need = node.memory_bytes(8)
+    need = one.memory_bytes("fc0")
     flops = 8 * (node.flops_forward + node.flops_backward)
     finish = [
         STEP_NS * (view.vnodes + 1)
@@ -287,7 +291,7 @@ def test_a_large_network_on_a_large_swarm() -> None:
     assert len(placement.assignments) == 3_000
     assert len(placement.rejected) <= REJECTED_MAX
     free = {view.peer_id: view.memory_free_bytes for view in hosts}
-    assert all(taken <= free[peer] for peer, taken in used(graph, placement, 32).items())
+    assert all(taken <= free[peer] for peer, taken in used(graph, placement).items())
 
 
 # Distance, groups, replicas, trust
@@ -392,7 +396,7 @@ def grouped(groups: dict[str, str], nodes: int = 6) -> CompiledGraph:
 
 def test_a_group_goes_to_one_host_or_nowhere() -> None:
     graph = grouped({"fc0": "ends", "loss": "ends", "fc3": "middle", "fc4": "middle"})
-    each = graph.node("fc0").memory_bytes(8)
+    each = graph.memory_bytes("fc0")
     hosts = [host(f"p{n}", memory=2 * each) for n in range(5)]
     placed = place(graph, hosts, batch_size=8).assignments
     assert placed["fc0"] == placed["loss"]
@@ -466,7 +470,7 @@ def test_groups_stay_together_and_replicas_apart(
         more = placement.replicas.get(vnode, ())
         assert len({peer, *more}) == 1 + len(more) >= 1 + copies.get(vnode, 0)
         for one in (peer, *more):
-            taken[one] += graph.node(vnode).memory_bytes(4)
+            taken[one] += graph.memory_bytes(vnode)
         if group := groups.get(vnode):
             by_group[group].add(peer)
     assert all(len(peers) == 1 for peers in by_group.values())
@@ -512,7 +516,7 @@ def test_every_process_computes_the_same() -> None:
 def best_s(graph: CompiledGraph, hosts: list[HostView]) -> float:
     """The least cost of all placements there are."""
     vnodes = graph.vnodes()
-    need = [graph.node(vnode).memory_bytes(32) for vnode in vnodes]
+    need = [graph.memory_bytes(vnode) for vnode in vnodes]
     found = []
     for choice in itertools.product(hosts, repeat=len(vnodes)):
         taken: collections.Counter[str] = collections.Counter()
@@ -527,7 +531,7 @@ def best_s(graph: CompiledGraph, hosts: list[HostView]) -> float:
 def small_case(seed: int, tight: bool) -> tuple[CompiledGraph, list[HostView]]:
     rng = random.Random(seed)
     graph = chain([rng.choice([8, 64, 512, 1500]) for _ in range(rng.randint(2, 4))])
-    most = max(graph.node(vnode).memory_bytes(32) for vnode in graph.vnodes())
+    most = max(graph.memory_bytes(vnode) for vnode in graph.vnodes())
     hosts = [
         HostView(
             f"p{n}", 2.0, rng.choice([1, 2, 5]) * most if tight else GIB,

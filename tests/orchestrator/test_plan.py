@@ -16,7 +16,6 @@ from p2pnet.swarm import MemberView
 
 DIGITS = load_spec(Path(p2pnet.__file__).parent / "data" / "digits.yaml")
 GIB = 1 << 30
-RESERVED = 1024
 
 
 def member(name: str, **what: Any) -> MemberView:
@@ -28,14 +27,14 @@ def member(name: str, **what: Any) -> MemberView:
 
 
 def planned(members: list[MemberView]) -> dict[str, Any]:
-    found = plan_json(DIGITS, members, batch_size=32, reserved=RESERVED)
+    found = plan_json(DIGITS, members, batch_size=32)
     return json.loads(json.dumps(found, allow_nan=False))  # type: ignore[no-any-return]
 
 
 def test_it_is_the_placement_that_an_orchestrator_makes() -> None:
     members = [member(f"p{n}") for n in range(5)]
     found = planned(members)
-    placed = place(DIGITS, [host_view(one) for one in members], batch_size=RESERVED)
+    placed = place(DIGITS, [host_view(one) for one in members], batch_size=DIGITS.batch_max)
     assert {row["vnode"]: row["peer_id"] for row in found["placements"]} == placed.assignments
     assert {row["vnode"]: row["score"] for row in found["placements"]} == placed.scores
     assert found["rejected"] == found["warnings"] == []
@@ -65,7 +64,7 @@ def test_who_is_not_taken_and_why() -> None:
 def test_a_swarm_that_is_too_small_is_told_what_is_missing() -> None:
     found = planned([member("p0", memory_bytes=4 << 20), member("p1", memory_bytes=1 << 20)])
     assert "the swarm is too small" in found["error"]
-    total = sum(DIGITS.node(vnode).memory_bytes(RESERVED) for vnode in DIGITS.vnodes())
+    total = sum(DIGITS.memory_bytes(vnode) for vnode in DIGITS.vnodes())
     assert found["memory_missing_bytes"] == total - (5 << 20)
     assert found["peers_missing"] >= 1
     more = [

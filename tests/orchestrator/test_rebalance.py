@@ -14,7 +14,7 @@ from p2pnet.gossip.coordinates import Coordinate
 from p2pnet.orchestrator.costs import HostView
 from p2pnet.orchestrator.placement import place
 from p2pnet.orchestrator.rebalance import HOUR_S, Hysteresis, Rebalancer, improve
-from p2pnet.vnode.draft import Draft, TensorSpec
+from p2pnet.vnode.draft import Draft, Settings, TensorSpec
 from p2pnet.vnode.graph import CompiledGraph, compile_graph
 
 GIB = 1 << 30
@@ -41,6 +41,7 @@ def chain(count: int, width: int = 64) -> CompiledGraph:
         loss=Draft("loss", "MSELoss", {}, (drafts[-1].id,)),
         optimizer="SGD",
         optimizer_config={},
+        settings=Settings(batch_max=BATCH),
     )
 
 
@@ -57,7 +58,7 @@ def with_ours(hosts: Sequence[HostView], current: Mapping[str, str]) -> list[Hos
     ours = Counter(current.values())
     need: Counter[str] = Counter()
     for vnode, peer in current.items():
-        need[peer] += GRAPH.node(vnode).memory_bytes(BATCH) if vnode in GRAPH.vnodes() else 0
+        need[peer] += GRAPH.memory_bytes(vnode) if vnode in GRAPH.vnodes() else 0
     return [
         replace(
             view,
@@ -189,7 +190,7 @@ def test_not_where_there_is_no_room_before_the_others_have_gone() -> None:
 
 def test_two_do_not_change_places_where_both_do_not_fit_meanwhile() -> None:
     graph = chain(1, 2048)
-    large, small = (graph.node(vnode).memory_bytes(BATCH) for vnode in ("fc0", "loss"))
+    large, small = (graph.memory_bytes(vnode) for vnode in ("fc0", "loss"))
     current = {"fc0": "slow", "loss": "fast"}
 
     def move(fast_free: int) -> object:

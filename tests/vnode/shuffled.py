@@ -1,27 +1,29 @@
 """A network of step cores in one place: messages are shuffled, doubled and delayed at will.
 
-`Shuffled` carries effects out as a host's shell does, one compute queue a VNode,
-and decides a step when all have reported it. What a component computes is up to
-`compute`, so that the same driver runs symbols and torch.
+`Shuffled` carries effects out as hosts' shells do, one compute queue a host, and decides
+a step when all hosts have reported it. What a host computes is up to `compute`, so that
+the same driver runs hashes and torch.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from p2pnet.v1 import common_pb2 as pb
+from p2pnet.vnode.draft import TARGET
+from p2pnet.vnode.edges import pace_of
+from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.messages import (
     ActivationArrived,
     Arrival,
-    Consumer,
     Decided,
     Effect,
     Event,
     GradientArrived,
-    InputSlot,
     Metrics,
     Refuse,
     Report,
@@ -29,63 +31,61 @@ from p2pnet.vnode.messages import (
     RunBackward,
     RunForward,
     RunSave,
-    SendActivation,
-    SendGradient,
-    Wiring,
+    SendActivations,
+    SendGradients,
+    Sent,
 )
+from p2pnet.vnode.stages import stages_of
 from p2pnet.vnode.step import StepCore
 
 EPOCH = 3
 Run = RunForward | RunBackward | RunApply | RunSave
 
 
-def wire(nodes: Mapping[str, Sequence[str]], loss: str, micro_batches: int = 1) -> list[Wiring]:
-    """Wirings of `{vnode: inputs}`; what is no VNode is a network input."""
-    return [
-        Wiring(
-            vnode,
-            tuple(InputSlot(ref, ref not in nodes) for ref in inputs),
-            tuple(
-                Consumer(other, slot)
-                for other in sorted(nodes)
-                for slot, ref in enumerate(nodes[other])
-                if ref == vnode
-            ),
-            vnode == loss,
-            micro_batches,
-        )
-        for vnode, inputs in nodes.items()
-    ]
-
-
 @dataclass
 class Shuffled:
-    """Trains to `last_step`. `rng` None: messages go in order, each once."""
+    """Trains to `last_step`. `rng` None: messages go in order, each once.
 
-    wirings: Sequence[Wiring]
+    `hosts` maps a host to its VNodes. `squares` are what a host says for the global norm.
+    """
+
+    graph: CompiledGraph
+    hosts: Mapping[str, Sequence[str]]
     compute: Callable[[str, Run], Event | None]
     batch: Callable[[int, int, str], object]  # step, micro-batch, network input
-    digest: Callable[[object], bytes]
+    samples: Callable[[int], int]  # of a step's whole batch
     rng: random.Random | None = None
     base_step: int = 0
     core_type: type[StepCore] = StepCore
-    feed_ahead: int = 0
-    events_max: int = 200_000
+    squares: Callable[[str, int], list[float]] | None = None
+    seen: Callable[[object], object] = lambda payload: payload  # what comes out of the wire
+    events_max: int = 400_000
     mail: list[tuple[str, Event]] = field(default_factory=list)
     log: dict[str, list[Run]] = field(default_factory=dict)
     metrics: dict[int, Metrics] = field(default_factory=dict)
     busy: int = 0
+    most_ahead: int = 0  # of applied before decided
 
     def __post_init__(self) -> None:
+        self.stages = {host: stages_of(self.graph, vnodes) for host, vnodes in self.hosts.items()}
         self.cores = {
-            wiring.vnode: self.core_type(wiring, epoch=EPOCH, base_step=self.base_step)
-            for wiring in self.wirings
+            host: self.core_type(
+                self.graph.name, stages, pace_of(self.graph), epoch=EPOCH, base_step=self.base_step
+            )
+            for host, stages in self.stages.items()
         }
-        self.queues: dict[str, deque[Run]] = {vnode: deque() for vnode in self.cores}
-        self.log = {vnode: [] for vnode in self.cores}
+        self.host_of = {
+            node: host
+            for host, vnodes in self.hosts.items()
+            for vnode in vnodes
+            for node in self.graph.entries(vnode)
+        }
+        self.queues: dict[str, deque[Run]] = {host: deque() for host in self.cores}
+        self.log = {host: [] for host in self.cores}
         self.reports: dict[int, list[str]] = {}
         self.decided = self.fed = self.base_step
         self.last_step = self.base_step
+        self.norms: dict[int, float] = {}
 
     def train(self, steps: int) -> None:
         """Some more steps; AssertionError if the network gets stuck or breaks a rule."""
@@ -96,93 +96,121 @@ class Shuffled:
                 break
         else:
             raise AssertionError("the network never comes to rest")
-        for core in self.cores.values():
-            assert core.applied_step == self.last_step, f"{core.wiring.vnode} is stuck"
-            assert not core._steps, "something is kept for nothing"
+        for host, core in self.cores.items():
+            assert core.applied_step == self.last_step, f"{host} is stuck"
+            assert not core._samples, "something is kept for nothing"
+            assert not any(inbox.payloads for inbox in core._inboxes.values())
 
     def _one_event(self) -> bool:
-        ready = [vnode for vnode, queue in self.queues.items() if queue]
+        ready = [host for host, queue in self.queues.items() if queue]
         if not ready and not self.mail:
             return False
         pick = self.rng.randrange(len(ready) + len(self.mail)) if self.rng else 0
         if pick < len(ready):
-            vnode = ready[pick]
-            run = self.queues[vnode].popleft()
-            result = self.compute(vnode, run)
+            host = ready[pick]
+            run = self.queues[host].popleft()
+            result = self.compute(host, run)
             if result is not None:
-                self._handle(vnode, result)
+                self._handle(host, result)
             return True
-        vnode, event = self.mail[pick - len(ready)]
-        if self._handle(vnode, event):
+        host, event = self.mail[pick - len(ready)]
+        if self._handle(host, event):
             self.busy += 1  # it stays in the mail
-        elif not self.rng or self.rng.random() < 0.7:  # else it comes once more
-            self.mail.remove((vnode, event))
+            if not self.rng:
+                self.mail.append(self.mail.pop(pick - len(ready)))
+        elif isinstance(event, Sent) or not self.rng or self.rng.random() < 0.7:
+            self.mail.remove((host, event))  # else it comes once more
         return True
 
-    def _handle(self, vnode: str, event: Event) -> bool:
-        core = self.cores[vnode]
+    def _handle(self, host: str, event: Event) -> bool:
+        core = self.cores[host]
         if isinstance(event, Arrival) and not core.wants(event):
             event = replace(event, payload=b"never decoded")
         effects = core.handle(event, 0.0)
         core.check()
+        self.most_ahead = max(self.most_ahead, core.applied_step - self.decided)
+        assert core.pace.ahead or core.applied_step <= self.decided
         busy = False
         for effect in effects:
             if isinstance(effect, Refuse):
                 assert effect.code == pb.REFUSAL_CODE_BUSY, effect
                 busy = True
             else:
-                self._carry_out(vnode, effect)
+                self._carry_out(host, effect)
         return busy
 
-    def _carry_out(self, vnode: str, effect: Effect) -> None:
+    def _carry_out(self, host: str, effect: Effect) -> None:
         match effect:
             case RunForward() | RunBackward() | RunApply() | RunSave():
-                assert effect.step <= self.decided + (not isinstance(effect, RunApply))
-                self.queues[vnode].append(effect)
-                self.log[vnode].append(effect)
-            case SendActivation():
-                event: Event = ActivationArrived(
-                    EPOCH, effect.step, effect.micro_batch, vnode, effect.slot, effect.output,
-                    self.digest(effect.output), effect.decided_step,
-                )  # fmt: skip
-                self.mail.append((effect.consumer, event))
-            case SendGradient():
-                event = GradientArrived(
-                    EPOCH, effect.step, effect.micro_batch, vnode, effect.slot, effect.gradient,
-                    self.digest(effect.gradient), effect.decided_step,
-                )  # fmt: skip
-                self.mail.append((effect.producer, event))
+                self.queues[host].append(effect)
+                self.log[host].append(effect)
+            case SendActivations():
+                for out, payload in zip(
+                    self.stages[host][effect.stage].outputs, effect.outputs, strict=True
+                ):
+                    self._post(
+                        ActivationArrived(
+                            EPOCH, effect.step, effect.micro_batch, out.consumer, out.node,
+                            out.slot, self.seen(payload), b"", effect.decided_step,
+                            effect.batch_samples, effect.norms,
+                        )
+                    )  # fmt: skip
+                self.mail.append((host, Sent(effect.stage, effect.step, effect.micro_batch)))
+            case SendGradients():
+                wanted = [e for e in self.stages[host][effect.stage].inputs if e.wants_gradient]
+                for edge, payload in zip(wanted, effect.gradients, strict=True):
+                    self._post(
+                        GradientArrived(
+                            EPOCH, effect.step, effect.micro_batch, edge.source, edge.node,
+                            edge.slot, self.seen(payload), b"", effect.decided_step,
+                            effect.batch_samples, effect.norms,
+                        )
+                    )  # fmt: skip
             case Report():
-                self._report(vnode, effect)
+                self._report(host, effect)
             case _:
                 raise AssertionError(effect)
 
-    def _report(self, vnode: str, report: Report) -> None:
+    def _post(self, event: Arrival) -> None:
+        self.mail.append((self.host_of[event.node], event))
+
+    def _report(self, host: str, report: Report) -> None:
         reports = self.reports.setdefault(report.step, [])
-        assert vnode not in reports, "a step is reported once"
-        reports.append(vnode)
+        assert host not in reports, "a step is reported once"
+        reports.append(host)
         if report.metrics is not None:
             self.metrics[report.step] = report.metrics
-        if len(reports) == len(self.cores):
-            assert report.step == self.decided + 1
-            self.decided = report.step
-            if self.feed_ahead or self.decided == self.last_step:
-                for other in self.cores:
-                    self.mail.append((other, Decided(EPOCH, self.decided)))
+        if self.squares is not None:
+            self._squares(host, report.step)
+        while len(self.reports.get(self.decided + 1, [])) == len(self.cores):
+            self.decided += 1
+            if self.squares is not None:
+                self.norms[self.decided] = math.sqrt(math.fsum(self._found.pop(self.decided)))
+            for other in self.cores:
+                self.mail.append((other, Decided(EPOCH, self.decided, self._newest())))
             self._feed()
 
-    def _feed(self) -> None:
-        while self.fed < min(self.last_step, self.decided + 1 + self.feed_ahead):
-            self.fed += 1
-            for wiring in self.wirings:
-                for slot, source in enumerate(wiring.inputs):
-                    if source.is_network_input:
-                        for micro_batch in range(wiring.micro_batches):
-                            self._send_input(wiring.vnode, source.source, slot, micro_batch)
+    def _squares(self, host: str, step: int) -> None:
+        assert self.squares is not None
+        if not hasattr(self, "_found"):
+            self._found: dict[int, list[float]] = {}
+        self._found.setdefault(step, []).extend(self.squares(host, step))
 
-    def _send_input(self, vnode: str, ref: str, slot: int, micro_batch: int) -> None:
-        payload = self.batch(self.fed, micro_batch, ref)
-        event = ActivationArrived(
-            EPOCH, self.fed, micro_batch, ref, slot, payload, self.digest(payload), self.decided
-        )
-        self.mail.append((vnode, event))
+    def _newest(self) -> tuple[float, ...]:
+        if not self.graph.clip_norm:
+            return ()
+        steps = range(self.decided - self.graph.staleness, self.decided + 1)
+        return tuple(self.norms[step] for step in steps if step in self.norms)
+
+    def _feed(self) -> None:
+        while self.fed < min(self.last_step, self.decided + self.graph.window):
+            self.fed += 1
+            for name in (*self.graph.inputs, TARGET):
+                for node, slot in self.graph.consumers(name):
+                    for micro_batch in range(self.graph.micro_batches):
+                        event = ActivationArrived(
+                            EPOCH, self.fed, micro_batch, node, name, slot,
+                            self.batch(self.fed, micro_batch, name), b"", self.decided,
+                            self.samples(self.fed), self._newest(),
+                        )  # fmt: skip
+                        self._post(event)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
-from memory_swarm import MemorySwarm
+from memory_swarm import NOTICE_S, MemorySwarm
 from s3_server import S3Server
 from virtual_time import play
 
@@ -20,7 +22,6 @@ from p2pnet.data.blobs import BlobStore
 from p2pnet.data.objects import open_bucket
 from p2pnet.errors import (
     ForgedError,
-    NotFoundError,
     RefusedError,
     ResourceError,
     UnreachableError,
@@ -107,11 +108,64 @@ def test_a_state_comes_from_the_next_holder_when_one_is_gone_or_lies(tmp_path: P
             lie(swarm, "c", [b"other bytes"])
             with pytest.raises(ForgedError):
                 await swarm["a"].get_blob(swarm["c"].peer_id, sha256(DATA), timeout_s=5)
-            with pytest.raises(RefusedError):  # "d" never had it
+            with pytest.raises(RefusedError) as refused:  # "d" never had it
                 await swarm["a"].get_blob(swarm["d"].peer_id, sha256(DATA), timeout_s=5)
-            with pytest.raises(UnreachableError, match="none of the 4 peers"):
-                await swarm["a"].blobs.fetch(ref_to(swarm, "abcd"), NET, "")
+            assert refused.value.code == common_pb2.REFUSAL_CODE_STATE_LOST
             assert await swarm["a"].blobs.fetch(ref_to(swarm, "abcde"), NET, "") == DATA
+
+    play(main())
+
+
+@pytest.mark.parametrize(
+    ("holders", "lost"),
+    [
+        ("", True),
+        ("d", True),
+        ("ad", True),
+        ("c", True),
+        ("cd", True),
+        ("b", False),
+        ("bcd", False),
+    ],
+)
+def test_a_state_is_lost_when_nobody_who_may_have_it_is_silent(
+    tmp_path: Path, holders: str, lost: bool
+) -> None:
+    """ "b" is away, and nobody knows yet; "c" has other bytes; "d" never had it."""
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abcd") as swarm:
+            swarm.kill(swarm["b"].peer_id)
+            (swarm["c"].store.path / sha256(DATA).hex()).write_bytes(DATA[:-1])
+
+            async def fetch() -> None:
+                await swarm["a"].blobs.fetch(ref_to(swarm, holders), NET, "")
+
+            if not lost:
+                with pytest.raises(UnreachableError, match="1 of the peers that may have it do"):
+                    await fetch()
+                await asyncio.sleep(NOTICE_S + 1)  # and then it is known to be gone
+            with pytest.raises(RefusedError, match=f"none of the {len(holders)} peers") as refused:
+                await fetch()
+            assert refused.value.code == common_pb2.REFUSAL_CODE_STATE_LOST
+
+    play(main())
+
+
+def test_a_holder_that_cannot_read_its_disk_has_not_lost_a_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unread(path: Path) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "ab") as swarm:
+            ref = await swarm["b"].blobs.store(DATA, NET, [], "")
+            with monkeypatch.context() as patched:
+                patched.setattr(Path, "read_bytes", unread)
+                with pytest.raises(UnreachableError):
+                    await swarm["a"].blobs.fetch(ref, NET, "")
+            assert await swarm["a"].blobs.fetch(ref, NET, "") == DATA
 
     play(main())
 
@@ -267,6 +321,39 @@ def test_with_a_state_url_a_state_is_there_alone(tmp_path: Path) -> None:
     play(main())
 
 
+@contextmanager
+def lost(match: str) -> Iterator[None]:
+    """Who asks is told, in words and typed, that a state is nowhere to be had."""
+    with pytest.raises(RefusedError, match=match) as refused:
+        yield
+    assert refused.value.code == common_pb2.REFUSAL_CODE_STATE_LOST
+
+
+@pytest.mark.parametrize("spoiled", [b"", DATA[:-1], bytes(len(DATA)), None])
+def test_a_state_in_a_directory_that_is_cut_off_or_changed_or_gone_is_lost(
+    tmp_path: Path, spoiled: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"file://{tmp_path}/shared"
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "a") as swarm:
+            keeper = swarm["a"].blobs
+            ref = await keeper.store(DATA, NET, [], url)
+            file = tmp_path / "shared" / ref.digest.hex()
+            if spoiled is None:
+                file.unlink()
+            else:
+                file.write_bytes(spoiled)
+            with lost("was spoiled$" if spoiled is not None else "is not in "):
+                await keeper.fetch(ref, NET, url)
+            said = [message for message in caplog.messages if str(file) in message]
+            assert len(said) == (spoiled is not None), "which file it was, for who looks after it"
+            await keeper.store(DATA, NET, [], url)  # who still has it mends it
+            assert await keeper.fetch(ref, NET, url) == DATA
+
+    play(main())
+
+
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     open_bucket.cache_clear()  # it keeps the variables that it was made with
@@ -294,15 +381,15 @@ def test_a_state_in_a_bucket_is_what_its_digest_names_or_is_not_restored(
             fetch = partial(swarm["b"].blobs.fetch, ref, NET, url)
             assert await fetch() == DATA
             s3.objects[key] = DATA[:-1]  # cut off, and by nobody's fault that shows
-            with pytest.raises(NotFoundError, match=r"in s3://states/nets was spoiled$"):
+            with lost(r"in s3://states/nets was spoiled$"):
                 await fetch()
             assert await swarm["a"].blobs.store(DATA, NET, [], url) == ref
             assert await fetch() == DATA, "it was replaced"
             s3.objects[key] = bytes(len(DATA))
-            with pytest.raises(NotFoundError, match=r"was spoiled$"):
+            with lost(r"was spoiled$"):
                 await fetch()
             del s3.objects[key]
-            with pytest.raises(NotFoundError, match=r"is not in s3://states/nets$"):
+            with lost(r"is not in s3://states/nets$"):
                 await fetch()
             assert swarm.letters == []
 
@@ -448,14 +535,10 @@ def test_a_large_state_is_hashed_beside_the_event_loop_and_once(
 
     async def main() -> None:
         async with MemorySwarm(tmp_path, "abc") as swarm:
-            ref = await swarm["a"].blobs.store(DATA, NET, ids(swarm, "b"), "")
+            await swarm["a"].blobs.store(DATA, NET, ids(swarm, "b"), "")
+            assert len(threads) == 2  # by who has it, and by who gets it
             assert await swarm["c"].blobs.fetch(ref_to(swarm, "b"), NET, "") == DATA
+            assert len(threads) == 3
             assert threading.get_ident() not in threads
-            threads.clear()
-            contact = PeerContact(swarm["c"].peer_id, (), b"")
-            await put_blob(
-                swarm["a"]._dialer, contact, DATA, network_id=NET, timeout_s=5, digest=ref.digest
-            )
-            assert len(threads) == 1  # by who gets it
 
     asyncio.run(main())

@@ -1,33 +1,34 @@
-"""The order of a step: whatever arrives in whatever order, each VNode does the same once."""
+"""The order of steps: whatever arrives in whatever order, each host does the same once."""
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shuffled import EPOCH, Run, Shuffled, wire
+from shuffled import EPOCH, Run, Shuffled
 
+from p2pnet.sim.compute import Golden, Hosted, batch_of, initial
 from p2pnet.v1 import common_pb2 as pb
-from p2pnet.vnode import step as step_module
+from p2pnet.vnode.draft import Draft, Settings, TensorSpec
+from p2pnet.vnode.graph import CompiledGraph, compile_graph
 from p2pnet.vnode.messages import (
     ActivationArrived,
     ApplyDone,
     Arrival,
     BackwardDone,
     ComputeFailed,
-    Consumer,
     Decided,
     Effect,
     Event,
     ForwardDone,
     GradientArrived,
-    InputSlot,
     Metrics,
+    Pace,
     Refuse,
     Report,
     RunApply,
@@ -35,134 +36,218 @@ from p2pnet.vnode.messages import (
     RunForward,
     RunSave,
     SaveRequested,
-    SendActivation,
-    SendGradient,
+    SendActivations,
+    SendGradients,
+    Sent,
     Trouble,
-    Wiring,
 )
-from p2pnet.vnode.step import AHEAD_STEPS_MAX, StepCore, _Box
+from p2pnet.vnode.stages import InputEdge, OutputEdge, Stage
+from p2pnet.vnode.step import (
+    AHEAD_STEPS_MAX,
+    IN_FLIGHT_MAX,
+    QUEUE_MAX,
+    RUNNING_MAX,
+    UNSENT_MAX,
+    StepCore,
+)
 
 NETWORKS: dict[str, dict[str, list[str]]] = {
-    "chain": {"a": ["x"], "b": ["a"], "c": ["b"], "loss": ["c", "y"]},
-    "skip": {"a": ["x"], "b": ["a"], "sum": ["b", "x"], "d": ["sum"], "loss": ["d", "y"]},
-    "diamond": {"a": ["x"], "l": ["a"], "r": ["a"], "sum": ["l", "r"], "loss": ["sum", "y"]},
+    "chain": {"a": ["x"], "b": ["a"], "c": ["b"]},
+    "skip": {"a": ["x"], "b": ["a"], "sum": ["b", "x"], "d": ["sum"]},
+    "diamond": {"a": ["x"], "l": ["a"], "r": ["a"], "sum": ["l", "r"]},
     "many consumers": {
         "a": ["x"], "b": ["a"], "c": ["a", "b"], "d": ["a", "c", "a"], "e": ["d", "b"],
-        "loss": ["e", "y"],
     },
-    "two inputs": {"a": ["x"], "b": ["z"], "sum": ["a", "b", "x"], "loss": ["sum", "y"]},
+    "two inputs": {"a": ["x"], "b": ["z"], "sum": ["a", "b", "x"]},
 }  # fmt: skip
+STEPS = 5
 
 
-class Symbols:
-    """Computes digests: of what goes in and of the state, so that any other order shows."""
+def graph_of(network: str, **settings: object) -> CompiledGraph:
+    nodes = NETWORKS[network]
+    inputs = {ref for refs in nodes.values() for ref in refs} - set(nodes)
+    linear = {"in_features": 4, "out_features": 4}
+    drafts = [
+        Draft(node, "Add", {}, tuple(refs))
+        if len(refs) > 1
+        else Draft(node, "Linear", linear, (*refs,))
+        for node, refs in nodes.items()
+    ]
+    return compile_graph(
+        name="net",
+        inputs={name: TensorSpec((4,)) for name in sorted(inputs)},
+        nodes=drafts,
+        loss=Draft("loss", "MSELoss", {}, (list(nodes)[-1],)),
+        optimizer="SGD",
+        optimizer_config={},
+        settings=Settings(**settings),  # type: ignore[arg-type]
+    )
 
-    def __init__(self, slots: Mapping[str, int]) -> None:
-        self.slots = slots
-        self.state: dict[str, str] = {}
-        self.held: dict[str, list[object]] = {}
 
-    def __call__(self, vnode: str, run: Run) -> Event | None:
-        state = self.state.get(vnode, "")
+class Hashes:
+    """Every host computes hashes: of what goes in and of the state, so that any other order shows."""
+
+    def __init__(self, graph: CompiledGraph, hosts: dict[str, list[str]]) -> None:
+        self.saved: dict[str, dict[str, bytes]] = {}
+        self.hosted = {
+            host: Hosted(graph, {vnode: initial(graph.seed, vnode) for vnode in vnodes})
+            for host, vnodes in hosts.items()
+        }
+
+    def __call__(self, host: str, run: Run) -> Event | None:
+        hosted = self.hosted[host]
         match run:
-            case RunForward():
-                output = name("f", vnode, state, run.step, run.micro_batch, run.inputs)
-                samples = 3 + run.micro_batch
-                metrics = Metrics(1.0 + run.micro_batch, 1, samples) if vnode == "loss" else None
-                return ForwardDone(run.step, run.micro_batch, output, metrics)
-            case RunBackward():
-                grads = (run.gradients, run.weight)
-                self.held.setdefault(vnode, []).append(grads)
-                return BackwardDone(
-                    run.step,
-                    run.micro_batch,
-                    tuple(
-                        name("b", vnode, state, slot, grads) for slot in range(self.slots[vnode])
-                    ),
-                )
-            case RunApply():
-                self.state[vnode] = name("s", state, self.held.pop(vnode))
-                return ApplyDone(run.step)
-            case RunSave():
+            case RunForward(stage, step, part, inputs, _):
+                outputs, metrics = hosted.forward(stage, step, part, inputs)  # type: ignore[arg-type]
+                return ForwardDone(stage, step, part, outputs, metrics)
+            case RunBackward(stage, step, part, gradients):
+                found = hosted.backward(stage, step, part, gradients)  # type: ignore[arg-type]
+                return BackwardDone(stage, step, part, found)
+            case RunApply(step, norm):
+                hosted.apply(step, norm)
+                return ApplyDone(step)
+            case RunSave(step):
+                self.saved[f"{host} {step}"] = dict(hosted.states)
                 return None
 
+    def states(self) -> dict[str, bytes]:
+        return {v: s for hosted in self.hosted.values() for v, s in hosted.states.items()}
 
-def name(*parts: object) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+def split(graph: CompiledGraph, seed: int) -> dict[str, list[str]]:
+    """The VNodes over 1 to 4 hosts."""
+    rng = random.Random(seed)
+    count = rng.randint(1, 4)
+    hosts: dict[str, list[str]] = {}
+    for vnode in graph.vnodes():
+        hosts.setdefault(f"h{rng.randrange(count)}", []).append(vnode)
+    return hosts
 
 
 def trained(
-    nodes: Mapping[str, Sequence[str]],
-    rng: random.Random | None,
+    graph: CompiledGraph,
+    seed: int | None,
     *,
-    steps: int = 4,
-    micro_batches: int = 1,
-    feed_ahead: int = 0,
+    steps: int = STEPS,
     core_type: type[StepCore] = StepCore,
-) -> tuple[dict[str, list[Run]], dict[str, str], Shuffled]:
-    symbols = Symbols({vnode: len(inputs) for vnode, inputs in nodes.items()})
+) -> tuple[dict[str, bytes], Shuffled, Hashes]:
+    hosts = split(graph, seed or 0)
+    hashes = Hashes(graph, hosts)
     net = Shuffled(
-        wire(nodes, "loss", micro_batches),
-        symbols,
-        lambda step, micro_batch, ref: f"{ref}{step}.{micro_batch}",
-        lambda payload: repr(payload).encode(),
-        rng,
-        feed_ahead=feed_ahead,
+        graph,
+        hosts,
+        hashes,
+        lambda step, part, ref: batch_of(ref, step, part),
+        lambda step: 8,
+        None if seed is None else random.Random(seed),
         core_type=core_type,
+        squares=(lambda host, step: hashes.hosted[host].squares(step)) if graph.clip_norm else None,
     )
     net.train(steps)
-    return net.log, symbols.state, net
+    return hashes.states(), net, hashes
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    st.sampled_from(sorted(NETWORKS)),
-    st.integers(0, 2**32),
-    st.integers(1, 3),
-    st.integers(0, AHEAD_STEPS_MAX + 2),
-)
-def test_the_order_of_arrival_changes_nothing(
-    network: str, seed: int, micro_batches: int, feed_ahead: int
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(st.sampled_from(sorted(NETWORKS)), st.integers(0, 2**32), st.integers(1, 10))
+def test_neither_the_order_of_arrival_nor_who_hosts_what_changes_anything(
+    network: str, seed: int, micro_batches: int
 ) -> None:
-    nodes = NETWORKS[network]
-    quiet, quiet_state, _ = trained(nodes, None, micro_batches=micro_batches)
-    log, state, net = trained(
-        nodes, random.Random(seed), micro_batches=micro_batches, feed_ahead=feed_ahead
-    )
-    assert log == quiet
-    assert state == quiet_state
-    assert sorted(net.metrics) == [1, 2, 3, 4]
-    for vnode, runs in log.items():
-        expected = [
-            *((RunForward, step, part) for step in range(1, 5) for part in range(micro_batches)),
-            *((RunBackward, step, part) for step in range(1, 5) for part in range(micro_batches)),
-            *((RunApply, step, 0) for step in range(1, 5)),
+    graph = graph_of(network, micro_batches=micro_batches)
+    golden = Golden(graph)
+    golden.states(STEPS)
+    states, net, _ = trained(graph, seed)
+    assert states == golden._hosted.states
+    assert sorted(net.metrics) == list(range(1, STEPS + 1))
+    for step in range(1, STEPS + 1):
+        assert net.metrics[step].loss == pytest.approx(golden.loss(step))
+    for host, runs in net.log.items():
+        stages = range(len(net.stages[host]))
+        every = [
+            (s, n, p) for s in stages for n in range(1, STEPS + 1) for p in range(micro_batches)
         ]
-        seen = [(type(run), run.step, getattr(run, "micro_batch", 0)) for run in runs]
-        assert sorted(seen, key=str) == sorted(expected, key=str), vnode
+        for kind in (RunForward, RunBackward):
+            done = [(r.stage, r.step, r.micro_batch) for r in runs if isinstance(r, kind)]
+            assert sorted(done) == every, host
+            for stage in stages:  # one after the other
+                mine = [key for key in done if key[0] == stage]
+                assert mine == sorted(mine)
 
 
-def test_feeding_too_far_ahead_is_held_back() -> None:
-    assert trained(NETWORKS["skip"], random.Random(5), feed_ahead=6, steps=10)[2].busy > 0
+@pytest.mark.parametrize("seed", range(6))
+def test_the_norm_that_is_clipped_by_is_the_same_everywhere(seed: int) -> None:
+    graph = graph_of("many consumers", micro_batches=2, clip_norm=1.0)
+    states = [trained(graph, other)[1].norms for other in (seed, seed + 100)]
+    assert [list(norms) for norms in states] == [list(range(1, STEPS + 1))] * 2
+    for one, other in zip(states[0].values(), states[1].values(), strict=True):
+        assert one == other > 0  # to the bit, whoever adds it up
 
 
-# Mutants: each a core with one rule broken, so that the test above is known to see it.
+@pytest.mark.parametrize("staleness", [1, 3])
+def test_a_stale_forward_is_never_staler_than_it_may_be(staleness: int) -> None:
+    graph = graph_of("diamond", staleness=staleness, micro_batches=2)
+    behind = 0
+    for seed in range(4):
+        _, net, _ = trained(graph, seed, steps=12)  # the cores' check() looks at each forward
+        for runs in net.log.values():
+            applied = 0
+            for run in runs:
+                if isinstance(run, RunApply):
+                    applied = run.step
+                elif isinstance(run, RunForward):
+                    behind = max(behind, run.step - 1 - applied)
+    assert behind == staleness  # it was made use of, too
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_local_learning_runs_ahead_of_decisions_and_changes_nothing(seed: int) -> None:
+    graph = graph_of("chain", cut_every=4)
+    pace = Pace(ahead=4, snapshot_every=4)
+
+    class Local(StepCore):
+        def __init__(self, name: str, stages: Sequence[Stage], _: Pace, **kwargs: int) -> None:
+            cut = [  # no gradient leaves a host
+                Stage(
+                    stage.nodes,
+                    tuple(replace(edge, wants_gradient=False) for edge in stage.inputs),
+                    tuple(replace(edge, brings_gradient=False) for edge in stage.outputs),
+                    learns=False,
+                    weighs=stage.weighs,
+                )
+                for stage in stages
+            ]
+            super().__init__(name, cut, pace, **kwargs)
+
+    hosts = {"h0": ["a"], "h1": ["b", "c"], "h2": ["loss"]}
+    states = []
+    for rng in (None, random.Random(seed)):
+        hashes = Hashes(graph, hosts)
+        net = Shuffled(
+            graph, hosts, hashes, lambda step, part, ref: batch_of(ref, step, part),
+            lambda step: 8, rng, core_type=Local,
+        )  # fmt: skip
+        object.__setattr__(graph, "learning", "local")  # the feeder's window
+        net.train(12)
+        states.append(hashes.states())
+        assert sorted(hashes.saved) == [f"h{i} {step}" for i in range(3) for step in (12, 4, 8)]
+    assert net.most_ahead > 0
+    assert states[0] == states[1]
+
+
+# Mutants: each a core with one rule broken, so that the tests above are known to see it.
 
 
 class RunsDoublesAgain(StepCore):
     def _keep(self, event: Arrival) -> list[Effect]:
-        step = self._steps.get(event.step)
-        if step is not None and isinstance(event, ActivationArrived):
-            step.activations.digests.pop((event.slot, event.micro_batch), None)
-            if step.forwards_run > event.micro_batch and step.activations.edges == 1:
-                return [RunForward(event.step, event.micro_batch, (event.payload,))]
+        inbox = self._inboxes[self._place(event)]
+        inbox.digests.pop(self._number(event.step, event.micro_batch), None)
         return super()._keep(event)
 
 
 class KeepsLateOnes(StepCore):
-    def _keep(self, event: Arrival) -> list[Effect]:
-        self._steps.setdefault(event.step, step_module._Step(_Box(1), _Box(1)))
-        return super()._keep(event)
+    def _untimely(self, event: Arrival) -> list[Effect]:
+        if event.step <= self.applied_step:
+            self._samples[event.step] = event.batch_samples
+        return super()._untimely(event)
 
 
 class WantsOnlyThePresentStep(StepCore):
@@ -177,15 +262,36 @@ class DoesNotWaitForTheDecision(StepCore):
         return [*effects, *self._advance()]
 
 
-class TakesAsItCame(_Box):
-    def take(self, micro_batch: int) -> tuple[object, ...]:
-        keys = [key for key in self.payloads if key[1] == micro_batch]
-        return tuple(self.payloads.pop(key) for key in keys)
+class BeginsBeforeItIsApplied(StepCore):
+    def _may_begin(self, step: int) -> bool:
+        return True
 
 
-class WaitsForOne(_Box):
-    def has(self, micro_batch: int) -> bool:
-        return any(key[1] == micro_batch for key in self.payloads)
+class TakesWhatIsThere(StepCore):
+    def _forward(self) -> Effect | None:
+        for index, line in enumerate(self._lines):
+            for number in sorted(
+                {n for box in self._into[index][0] for n in box.payloads}, reverse=True
+            ):
+                step, part = self._where(number)
+                boxes = self._into[index][0]
+                if self._may_begin(step) and all(number in box.payloads for box in boxes):
+                    line.begun += 1
+                    inputs = tuple(box.payloads.pop(number) for box in boxes)
+                    return RunForward(index, step, part, inputs, self._samples[step])
+        return None
+
+
+class NeverSaysBusy(StepCore):
+    def _untimely(self, event: Arrival) -> list[Effect]:
+        return [
+            e for e in super()._untimely(event) if getattr(e, "code", 0) != pb.REFUSAL_CODE_BUSY
+        ]
+
+
+class ForgetsBackPressure(StepCore):
+    def _sent(self, event: Sent) -> Sequence[Effect]:
+        return []
 
 
 @pytest.mark.parametrize(
@@ -195,55 +301,69 @@ class WaitsForOne(_Box):
         KeepsLateOnes,
         WantsOnlyThePresentStep,
         DoesNotWaitForTheDecision,
-        TakesAsItCame,
-        WaitsForOne,
+        BeginsBeforeItIsApplied,
+        TakesWhatIsThere,
+        NeverSaysBusy,
+        ForgetsBackPressure,
     ],
     ids=lambda mutant: mutant.__name__,
 )
-def test_mutants_are_caught(
-    mutant: type[StepCore] | type[_Box], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    nodes = NETWORKS["many consumers"]
-    quiet = trained(nodes, None)[:2]
-    core_type = StepCore
+def test_mutants_are_caught(mutant: type[StepCore]) -> None:
+    graph = graph_of("many consumers", micro_batches=10)
+    golden = Golden(graph)
+    golden.states(STEPS)
 
-    def differs(seed: int) -> bool:
+    def differs(seed: int, core_type: type[StepCore]) -> bool:
         try:
-            return trained(nodes, random.Random(seed), core_type=core_type)[:2] != quiet
+            return trained(graph, seed, core_type=core_type)[0] != golden._hosted.states
         except (AssertionError, KeyError, ValueError):
             return True
 
-    assert not any(differs(seed) for seed in range(5))
-    if issubclass(mutant, StepCore):
-        core_type = mutant
-    else:
-        monkeypatch.setattr(step_module, "_Box", mutant)
-    assert any(differs(seed) for seed in range(5))
+    assert not any(differs(seed, StepCore) for seed in range(3))
+    assert any(differs(seed, mutant) for seed in range(6))
 
 
 # One core by hand.
 
-WIRING = Wiring("v", (InputSlot("a", False), InputSlot("x", True)), (Consumer("w", 1),))
+STAGE = Stage(
+    ("v",),
+    (InputEdge("v", 0, "a", True), InputEdge("v", 1, "x", False)),
+    (OutputEdge("v", "w", 1, True),),
+    learns=True,
+    weighs=False,
+)
+LOSS = Stage(
+    ("v",),
+    (InputEdge("v", 0, "p", True), InputEdge("v", 1, "y", False)),
+    (),
+    learns=True,
+    weighs=True,
+)
 
 
 def activation(step: int = 1, slot: int = 0, **changes: object) -> ActivationArrived:
     fields: dict[str, object] = {
-        "epoch": EPOCH, "step": step, "micro_batch": 0, "source": "ax"[slot], "slot": slot,
-        "payload": f"p{step}{slot}", "digest": b"d%d%d" % (step, slot), "decided_step": 0,
+        "epoch": EPOCH, "step": step, "micro_batch": 0, "node": "v", "source": "ax"[slot],
+        "slot": slot, "payload": f"p{step}{slot}", "digest": b"d%d%d" % (step, slot),
+        "decided_step": 0, "batch_samples": 8,
     }  # fmt: skip
     return ActivationArrived(**(fields | changes))  # type: ignore[arg-type]
 
 
 def gradient(step: int = 1, **changes: object) -> GradientArrived:
     fields: dict[str, object] = {
-        "epoch": EPOCH, "step": step, "micro_batch": 0, "consumer": "w", "slot": 1,
-        "payload": f"g{step}", "digest": b"g%d" % step, "decided_step": 0,
+        "epoch": EPOCH, "step": step, "micro_batch": 0, "node": "v", "consumer": "w", "slot": 1,
+        "payload": f"g{step}", "digest": b"g%d" % step, "decided_step": 0, "batch_samples": 8,
     }  # fmt: skip
     return GradientArrived(**(fields | changes))  # type: ignore[arg-type]
 
 
-def a_core(wiring: Wiring = WIRING, base_step: int = 0) -> Callable[[Event], list[object]]:
-    core = StepCore(wiring, epoch=EPOCH, base_step=base_step)
+def new_core(pace: Pace = Pace(), stage: Stage = STAGE, base_step: int = 0) -> StepCore:  # noqa: B008
+    return StepCore("net", [stage], pace, epoch=EPOCH, base_step=base_step)
+
+
+def a_core(*args: object, **kwargs: object) -> Callable[[Event], list[object]]:
+    core = new_core(*args, **kwargs)  # type: ignore[arg-type]
 
     def handle(event: Event) -> list[object]:
         effects = core.handle(event, 0.0)
@@ -258,50 +378,88 @@ def held(handle: Callable[[Event], list[object]], step: int = 1) -> None:
     """Brings a core to where it holds the gradients of a step."""
     handle(activation(step, 0))
     handle(activation(step, 1))
-    handle(ForwardDone(step, 0, "out"))
+    handle(ForwardDone(0, step, 0, ("out",)))
     handle(gradient(step))
-    assert Report(step, None) in handle(BackwardDone(step, 0, ("ga", "gx")))
+    assert Report(step, None) in handle(BackwardDone(0, step, 0, ("ga",)))
 
 
 def refusal(effects: list[object]) -> int:
     (effect,) = effects
     assert isinstance(effect, Refuse)
-    assert effect.detail.startswith("v ")
+    assert effect.detail.startswith(("net ", "v "))
     return effect.code
 
 
 def test_one_step() -> None:
     handle = a_core()
     assert handle(activation(1, 1)) == []
-    assert handle(activation(1, 0)) == [RunForward(1, 0, ("p10", "p11"))]
-    assert handle(ForwardDone(1, 0, "out")) == [SendActivation(1, 0, "w", 1, "out", 0)]
-    assert handle(gradient()) == [RunBackward(1, 0, ("g1",), 1.0)]
-    assert handle(BackwardDone(1, 0, ("ga", "gx"))) == [
-        SendGradient(1, 0, "a", 0, "ga", 0),  # and none to the network input x
+    assert handle(activation(1, 0)) == [RunForward(0, 1, 0, ("p10", "p11"), 8)]
+    assert handle(ForwardDone(0, 1, 0, ("out",))) == [SendActivations(0, 1, 0, ("out",), 8, 0, ())]
+    assert handle(Sent(0, 1, 0)) == []
+    assert handle(gradient()) == [RunBackward(0, 1, 0, ("g1",))]
+    assert handle(BackwardDone(0, 1, 0, ("ga",))) == [
+        SendGradients(0, 1, 0, ("ga",), 8, 0, ()),
         Report(1, None),
     ]
     assert handle(activation(2, 0)) == []  # early, and nothing is decided
-    assert handle(activation(2, 1, decided_step=1)) == [RunApply(1)]
-    assert handle(ApplyDone(1)) == [RunForward(2, 0, ("p20", "p21"))]
-    assert handle(ForwardDone(2, 0, "out")) == [SendActivation(2, 0, "w", 1, "out", 1)]
+    assert handle(activation(2, 1, decided_step=1)) == [
+        RunApply(1, 0.0),
+        RunForward(0, 2, 0, ("p20", "p21"), 8),  # in this order
+    ]
+    assert handle(ApplyDone(1)) == []
+    assert handle(ForwardDone(0, 2, 0, ("out",))) == [SendActivations(0, 2, 0, ("out",), 8, 1, ())]
 
 
-def test_a_loss_waits_for_nobody_and_weighs_its_parts() -> None:
-    inputs = (InputSlot("p", False), InputSlot("y", True))
-    handle = a_core(Wiring("v", inputs, (), is_loss=True, micro_batches=2))
+def test_a_loss_waits_for_nobody() -> None:
+    handle = a_core(Pace(micro_batches=2), LOSS)
     for part in (1, 0):
         handle(activation(1, 0, micro_batch=part, source="p"))
         handle(activation(1, 1, micro_batch=part, source="y"))
-    assert handle(ForwardDone(1, 0, "l0", Metrics(2.0, 1, 3))) == []
-    assert handle(ForwardDone(1, 1, "l1", Metrics(4.0, 1, 1))) == [
-        RunBackward(1, 0, (), 0.75),
-        RunBackward(1, 1, (), 0.25),
-    ]
-    assert handle(BackwardDone(1, 0, ("g", None))) == [SendGradient(1, 0, "p", 0, "g", 0)]
-    assert handle(BackwardDone(1, 1, ("h", None))) == [
-        SendGradient(1, 1, "p", 0, "h", 0),
+    assert handle(ForwardDone(0, 1, 0, (), Metrics(2.0, 1, 3))) == [RunBackward(0, 1, 0, ())]
+    assert handle(BackwardDone(0, 1, 0, ("g",))) == [SendGradients(0, 1, 0, ("g",), 8, 0, ())]
+    assert handle(ForwardDone(0, 1, 1, (), Metrics(4.0, 1, 1))) == [RunBackward(0, 1, 1, ())]
+    assert handle(BackwardDone(0, 1, 1, ("h",))) == [
+        SendGradients(0, 1, 1, ("h",), 8, 0, ()),
         Report(1, Metrics(2.5, 2, 4)),
     ]
+
+
+def test_a_backward_goes_before_a_forward_and_few_run_at_a_time() -> None:
+    handle = a_core(Pace(micro_batches=6))
+    runs = []
+    for part in range(6):
+        runs += handle(activation(1, 0, micro_batch=part))
+        runs += handle(activation(1, 1, micro_batch=part))
+    assert len(runs) == RUNNING_MAX
+    handle(gradient(micro_batch=0))
+    effects = handle(ForwardDone(0, 1, 0, ("out",)))
+    assert effects[-1] == RunBackward(0, 1, 0, ("g1",))  # though four forwards wait
+
+
+@pytest.mark.parametrize(("sent", "most"), [(True, IN_FLIGHT_MAX), (False, UNSENT_MAX)])
+def test_who_is_not_listened_to_stops(sent: bool, most: int) -> None:
+    """No gradient comes back and, in one case, nobody takes the activations either."""
+    core = new_core(Pace(micro_batches=32))
+    runs: deque[RunForward] = deque()
+    begun = 0
+
+    def handle(event: Event) -> bool:
+        """Whether it was taken."""
+        effects = core.handle(event, 0.0)
+        core.check()
+        runs.extend(effect for effect in effects if isinstance(effect, RunForward))
+        return not any(isinstance(effect, Refuse) for effect in effects)
+
+    for part in range(32):
+        if not all([handle(activation(1, slot, micro_batch=part)) for slot in (0, 1)]):
+            break
+        while runs:
+            begun, done = begun + 1, runs.popleft()
+            handle(ForwardDone(0, 1, done.micro_batch, ("out",)))
+            if sent:
+                handle(Sent(0, 1, done.micro_batch))
+    assert begun == most
+    assert part == most + QUEUE_MAX  # so many more waited for their forward
 
 
 def test_doubles_are_harmless_and_contradictions_are_refused() -> None:
@@ -313,6 +471,7 @@ def test_doubles_are_harmless_and_contradictions_are_refused() -> None:
     handle(activation(1, 1))
     assert handle(activation(1, 0)) == []  # also when the first one was used
     assert refusal(handle(other)) == pb.REFUSAL_CODE_BAD_REQUEST
+    assert handle(activation(1, 0, digest=b"")) == []  # it does not say what it is
 
 
 def test_late_is_dropped_early_is_kept_and_too_early_is_busy() -> None:
@@ -322,6 +481,15 @@ def test_late_is_dropped_early_is_kept_and_too_early_is_busy() -> None:
     assert handle(activation(6 + AHEAD_STEPS_MAX)) == []
     assert refusal(handle(activation(7 + AHEAD_STEPS_MAX))) == pb.REFUSAL_CODE_BUSY
     assert refusal(handle(activation(2**63))) == pb.REFUSAL_CODE_BUSY
+
+
+def test_so_many_micro_batches_wait_and_the_next_due_always_find_room() -> None:
+    handle = a_core(Pace(micro_batches=32))
+    for part in range(1, QUEUE_MAX):
+        assert handle(activation(1, 0, micro_batch=part)) == []
+    late = handle(activation(1, 0, micro_batch=QUEUE_MAX))
+    assert refusal(late) == pb.REFUSAL_CODE_BUSY
+    assert handle(activation(1, 0, micro_batch=0)) == []
 
 
 @pytest.mark.parametrize(
@@ -334,9 +502,11 @@ def test_late_is_dropped_early_is_kept_and_too_early_is_busy() -> None:
         (activation(micro_batch=1), pb.REFUSAL_CODE_BAD_REQUEST),
         (activation(slot=0, source="x"), pb.REFUSAL_CODE_BAD_REQUEST),
         (activation(slot=0, source="b"), pb.REFUSAL_CODE_BAD_REQUEST),
-        (ActivationArrived(EPOCH, 1, 0, "x", 2, "p", b"d", 0), pb.REFUSAL_CODE_BAD_REQUEST),
+        (activation(node="w"), pb.REFUSAL_CODE_BAD_REQUEST),
+        (activation(slot=1, source="x", batch_samples=0), pb.REFUSAL_CODE_BAD_REQUEST),
         (gradient(consumer="a"), pb.REFUSAL_CODE_BAD_REQUEST),
         (gradient(slot=0), pb.REFUSAL_CODE_BAD_REQUEST),
+        (gradient(node="w"), pb.REFUSAL_CODE_BAD_REQUEST),
         (activation(decided_step=1), pb.REFUSAL_CODE_BAD_REQUEST),
         (Decided(EPOCH, 1), pb.REFUSAL_CODE_BAD_REQUEST),
         (SaveRequested(EPOCH, 1), pb.REFUSAL_CODE_BAD_REQUEST),
@@ -346,19 +516,25 @@ def test_late_is_dropped_early_is_kept_and_too_early_is_busy() -> None:
 def test_what_is_wrong_is_refused_and_changes_nothing(event: Event, code: int) -> None:
     handle = a_core()
     if isinstance(event, Arrival):
-        assert not StepCore(WIRING, epoch=EPOCH, base_step=0).wants(event)
+        assert not new_core().wants(event)
     assert refusal(handle(event)) == code
     held(handle)
 
 
+def test_parts_of_two_batches_are_not_one_batch() -> None:
+    handle = a_core()
+    handle(activation(1, 0, batch_samples=8))
+    other = handle(activation(1, 1, batch_samples=9))
+    assert refusal(other) == pb.REFUSAL_CODE_BAD_REQUEST
+
+
 def test_what_has_come_already_is_wanted_only_to_be_compared() -> None:
-    core = StepCore(WIRING, epoch=EPOCH, base_step=0)
+    core = new_core()
     event = activation(1, 0)
     assert core.wants(event)
     core.handle(event, 0.0)
     assert not core.wants(event)  # the digest that it states is enough
     assert not core.wants(replace(event, digest=b"another"))
-    assert core.wants(replace(event, digest=b""))
 
 
 def test_nobody_can_decide_what_we_have_not_reported() -> None:
@@ -366,8 +542,20 @@ def test_nobody_can_decide_what_we_have_not_reported() -> None:
     handle(activation(1, 0))
     assert refusal(handle(activation(1, 1, decided_step=1))) == pb.REFUSAL_CODE_BAD_REQUEST
     held(handle)
-    assert handle(Decided(EPOCH, 1)) == [RunApply(1)]
+    assert handle(Decided(EPOCH, 1)) == [RunApply(1, 0.0)]
     assert handle(Decided(EPOCH, 1)) == []
+
+
+def test_who_clips_has_to_be_told_the_norm_and_passes_it_on() -> None:
+    handle = a_core(Pace(clips=True))
+    held(handle)
+    assert refusal(handle(Decided(EPOCH, 1))) == pb.REFUSAL_CODE_BAD_REQUEST
+    assert handle(Decided(EPOCH, 1, (2.5,))) == [RunApply(1, 2.5)]
+    handle(ApplyDone(1))
+    handle(activation(2, 0))
+    handle(activation(2, 1))
+    effects = handle(ForwardDone(0, 2, 0, ("out",)))
+    assert effects == [SendActivations(0, 2, 0, ("out",), 8, 1, (2.5,))]
 
 
 def test_a_save_waits_for_its_step_and_comes_before_the_next() -> None:
@@ -375,14 +563,14 @@ def test_a_save_waits_for_its_step_and_comes_before_the_next() -> None:
     assert handle(SaveRequested(EPOCH, 0)) == [RunSave(0)]
     held(handle)
     assert handle(SaveRequested(EPOCH, 0)) == [RunSave(0)]  # nothing is applied yet
-    assert handle(SaveRequested(EPOCH, 1)) == [RunApply(1)]
+    assert handle(SaveRequested(EPOCH, 1)) == [RunApply(1, 0.0)]
     assert refusal(handle(SaveRequested(EPOCH, 0))) == pb.REFUSAL_CODE_BAD_REQUEST
     handle(activation(2, 0))
     handle(activation(2, 1))
-    assert handle(ApplyDone(1)) == [RunSave(1), RunForward(2, 0, ("p20", "p21"))]
+    assert handle(ApplyDone(1)) == [RunSave(1)]  # the forward of step 2 changes no state
 
 
-def test_a_failure_is_told_and_stops_the_vnode() -> None:
+def test_a_failure_is_told_and_stops_the_vnodes() -> None:
     handle = a_core()
     handle(activation(1, 0))
     handle(activation(1, 1))
@@ -393,16 +581,17 @@ def test_a_failure_is_told_and_stops_the_vnode() -> None:
 
 @pytest.mark.parametrize(
     "event",
-    [ForwardDone(1, 0, "o"), BackwardDone(1, 0, ("a", "b")), ApplyDone(1), ForwardDone(2, 0, "o")],
+    [
+        ForwardDone(0, 1, 0, ("o",)),
+        BackwardDone(0, 1, 0, ("a",)),
+        ApplyDone(1),
+        Sent(0, 1, 0),
+        ForwardDone(0, 2, 0, ("o",)),
+    ],
     ids=str,
 )
 def test_a_result_that_was_not_asked_for_is_our_own_bug(event: Event) -> None:
     handle = a_core()
     handle(activation(1, 0))
-    with pytest.raises(ValueError, match=r"result|to be applied"):
+    with pytest.raises(ValueError, match=r"result|to be applied|to be sent"):
         handle(event)
-
-
-def test_a_dead_end_is_no_vnode() -> None:
-    with pytest.raises(ValueError, match="consumers"):
-        StepCore(Wiring("v", (InputSlot("x", True),), ()), epoch=1, base_step=0)

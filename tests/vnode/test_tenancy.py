@@ -19,7 +19,6 @@ from p2pnet.v1 import common_pb2, log_pb2, pnode_pb2, records_pb2
 from p2pnet.vnode import standing
 from p2pnet.vnode.admission import Limits
 from p2pnet.vnode.follower import WAITING_MAX
-from p2pnet.vnode.network import BATCH_SAMPLES
 from p2pnet.vnode.standing import unseal_standing
 from p2pnet.vnode.tenancy import (
     HEARD_MAX,
@@ -54,7 +53,7 @@ GRAPH = small_graph()
 VNODES = GRAPH.vnodes()
 ME = "host"
 WALL_MS = 1_000_000
-SIZE_BYTES = sum(GRAPH.node(vnode).memory_bytes(BATCH_SAMPLES) for vnode in VNODES)
+SIZE_BYTES = sum(GRAPH.memory_bytes(vnode) for vnode in VNODES)
 HERE = dict.fromkeys(VNODES, ME)
 AWAY = dict.fromkeys(VNODES, "other")
 

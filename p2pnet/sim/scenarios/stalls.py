@@ -94,8 +94,9 @@ class _Stalls:
             key=lambda history: history.next_slot,
         )
         return any(
-            newest.placement.get(vnode) != node.machine.peer_id or trainee.epoch < newest.epoch
-            for (_, vnode), trainee in node.host.trainees.items()
+            newest.placement.get(vnode) != node.machine.peer_id or crew.epoch < newest.epoch
+            for crew in node.host.crews.values()
+            for vnode in crew.vnodes
         )
 
 

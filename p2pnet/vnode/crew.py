@@ -1,0 +1,469 @@
+"""A shell: the VNodes of one network on this host, their training steps carried out.
+
+`StepCore` decides what is to be done; here it is done: tensors computed on the
+compute thread, messages sent, results fed back. Components are made (or their
+states fetched) at first use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from p2pnet.errors import ForgedError, MalformedError, P2PNetError, RefusedError
+from p2pnet.keys import sha256
+from p2pnet.swarm import Swarm
+from p2pnet.tasks import TaskSet
+from p2pnet.v1 import common_pb2, orchestrator_pb2, vnode_pb2
+from p2pnet.vnode.codecs import codec_of
+from p2pnet.vnode.courier import Courier, EpochOver, HopFailed
+from p2pnet.vnode.edges import (
+    activation_to,
+    array_of,
+    arrival_of,
+    gradient_to,
+    head_of,
+    pace_of,
+)
+from p2pnet.vnode.executor import ComputeThread
+from p2pnet.vnode.faults import Faults
+from p2pnet.vnode.hosted import Hosted
+from p2pnet.vnode.messages import (
+    ApplyDone,
+    Arrival,
+    BackwardDone,
+    ComputeFailed,
+    Decided,
+    Effect,
+    Event,
+    ForwardDone,
+    Refuse,
+    Report,
+    RunApply,
+    RunBackward,
+    RunForward,
+    RunSave,
+    SaveRequested,
+    SendActivations,
+    SendGradients,
+    Sent,
+    Trouble,
+)
+from p2pnet.vnode.network import HostedNetwork, clip, refusal
+from p2pnet.vnode.stages import inference_stages_of
+from p2pnet.vnode.step import StepCore
+from p2pnet.vnode.tensors import Buffer
+
+if TYPE_CHECKING:
+    from p2pnet.vnode.components import Component
+
+logger = logging.getLogger(__name__)
+
+REPORT_TIMEOUT_S = 5.0
+SAVE_TIMEOUT_S = 20.0
+FOLLOW_TIMEOUT_S = 5.0
+ROOM_S = 3.0  # how long a message waits for room, before its sender is told to come again
+SNAPSHOTS_KEPT = 2
+STATE_LOST = common_pb2.REFUSAL_CODE_STATE_LOST
+
+# A VNode's component with the state that the epoch starts from, out of this host's memory.
+Adopt = Callable[[str], Awaitable["Component"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What every network of a host shares. `fetch`: the state that a VNode begins with."""
+
+    swarm: Swarm
+    compute: ComputeThread
+    courier: Courier
+    faults: Faults
+    fetch: Callable[[HostedNetwork, str], Awaitable[bytes | None]]
+
+
+class Crew:
+    """The VNodes of one network on this host, under one epoch. Lives on the gRPC thread.
+
+    Args:
+        adopt: where the network goes on from a step that is not a cut.
+    """
+
+    def __init__(
+        self,
+        net: HostedNetwork,
+        vnodes: Sequence[str],
+        around: Surroundings,
+        adopt: Adopt | None = None,
+    ) -> None:
+        self.vnodes = tuple(vnodes)
+        self.errors: dict[str, str] = {}
+        self._hosted = Hosted(net.graph, vnodes, around.compute.device)
+        self.inference_stages = inference_stages_of(net.graph, vnodes)
+        self._net = net
+        self._around = around
+        self._adopt = adopt
+        self._core = StepCore(
+            net.graph.name,
+            self._hosted.stages,
+            pace_of(net.graph),
+            epoch=net.epoch,
+            base_step=net.base_step,
+        )
+        self._made = False
+        # What the core keeps is bounded, and so is what it asks for.
+        self._effects: asyncio.Queue[Effect] = asyncio.Queue()
+        self._room = asyncio.Event()  # set, and replaced, whenever something was used up
+        self._state_digests: dict[str, bytes] = {}  # at the last cut
+        self._saves: dict[int, asyncio.Future[dict[str, bytes]]] = {}
+        self._snapshots: dict[int, dict[str, bytes]] = {}
+        self._loading = asyncio.Lock()
+        self._lost_state = False  # the one that a VNode begins with is nowhere to be had
+        self._closed = False
+        self._tasks = TaskSet(f"network {net.graph.name}")
+        self._tasks.spawn(self._work())
+
+    @property
+    def step(self) -> int:
+        """The last step applied."""
+        return self._core.applied_step
+
+    @property
+    def hosted(self) -> Hosted | None:
+        """The components; None as long as they are not in memory."""
+        return self._hosted if self._made else None
+
+    async def close(self) -> None:
+        """Stops: the epoch is over, or the VNodes have gone elsewhere."""
+        self._closed = True
+        for save in self._saves.values():
+            if not save.done():
+                save.set_exception(self._over())
+        self._room.set()
+        await self._tasks.close()
+
+    async def ready(self) -> Hosted:
+        """The components with their states, made at first use; raises P2PNetError."""
+        async with self._loading:
+            if not self._made:
+                for vnode in self.vnodes:
+                    try:
+                        await make(self._hosted, vnode, self._net, self._around, self._adopt)
+                    except P2PNetError as error:
+                        self.errors[vnode] = clip(str(error))
+                        raise
+                self._made = True
+        return self._hosted
+
+    async def give(self, vnode: str, step: int, norm: float) -> Component:
+        """A component with the state after `step`, for the epoch after this one.
+
+        Raises:
+            LocalError: it is not to be had.
+        """
+        return await self._around.compute.run(self._hosted.do_give, vnode, step, norm)
+
+    async def hear(
+        self, request: vnode_pb2.TrainRequest, payload: Buffer | None
+    ) -> common_pb2.Refusal | None:
+        """Takes a message from another host; where there is no room for it yet, waits a little.
+
+        Raises:
+            MalformedError: bytes that are no tensor, or no training message.
+        """
+        event = head_of(request)
+        if self._core.wants(event):
+            found = arrival_of(self._net.graph, event, request, payload)
+            if isinstance(found, common_pb2.Refusal):
+                return found
+            event = found
+        return await self.take_when_room(event)
+
+    async def take_when_room(self, event: Arrival) -> common_pb2.Refusal | None:
+        """As `take`, but patient with a step that is not begun yet."""
+        deadline = asyncio.get_running_loop().time() + ROOM_S
+        while True:
+            room = self._room
+            answer = self.take(event)
+            if answer is None or answer.code != common_pb2.REFUSAL_CODE_BUSY or self._closed:
+                return answer
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await room.wait()
+            except TimeoutError:
+                return answer
+
+    def decided(self, step: int, norms: Sequence[float]) -> common_pb2.Refusal | None:
+        """Every step up to that one is decided."""
+        return self.take(Decided(self._net.epoch, step, tuple(norms)))
+
+    def take(self, event: Event) -> common_pb2.Refusal | None:
+        """Takes what a peer sent; the refusal, if there is one, is the answer."""
+        answer: common_pb2.Refusal | None = None
+        for effect in self._core.handle(event, self._around.swarm.now()):
+            if isinstance(effect, Refuse):
+                answer = refusal(effect.code, effect.detail, epoch=self._net.epoch)
+            else:
+                self._effects.put_nowait(effect)
+        return answer
+
+    async def save(self, step: int, norms: Sequence[float] = ()) -> dict[str, bytes]:
+        """The states after `step`, which is decided, by VNode, as safetensors.
+
+        Raises:
+            TimeoutError: the step is not applied in time.
+            RefusedError: the epoch is over.
+            P2PNetError: there is no such state.
+        """
+        await self.ready()
+        if self._closed:
+            raise self._over()
+        if (kept := self._snapshots.get(step)) is not None:
+            return kept
+        done = self._saves.get(step)
+        if done is None:
+            if answer := self.take(SaveRequested(self._net.epoch, step, tuple(norms))):
+                raise MalformedError(answer.detail)
+            done = self._saves[step] = asyncio.get_running_loop().create_future()
+            done.add_done_callback(lambda done: self._saved(step, done))
+        async with asyncio.timeout(SAVE_TIMEOUT_S):
+            return await asyncio.shield(done)
+
+    def saved_as(self, vnode: str, digest: bytes) -> None:
+        """The state at the last cut is known by this digest."""
+        self._state_digests[vnode] = digest
+
+    def _saved(self, step: int, done: asyncio.Future[dict[str, bytes]]) -> None:
+        del self._saves[step]
+        if not done.cancelled():
+            done.exception()  # it may be that nobody waits any more
+
+    def _over(self) -> RefusedError:
+        return RefusedError(
+            f"epoch {self._net.epoch} of {self._net.graph.name} is over here",
+            code=common_pb2.REFUSAL_CODE_STALE_EPOCH,
+        )
+
+    # Carrying out
+
+    async def _work(self) -> None:
+        while True:
+            effect = await self._effects.get()
+            try:
+                await self._carry_out(effect)
+            except P2PNetError as error:
+                self._lost_state |= getattr(error, "code", 0) == STATE_LOST
+                self._failed(effect, str(error), bad_input=isinstance(error, MalformedError))
+            except Exception as error:  # of torch: whatever it is, the step is lost
+                logger.exception("network %s failed here", self._net.graph.name)
+                self._failed(effect, f"{type(error).__name__}: {error}", bad_input=False)
+
+    def _failed(self, effect: Effect, reason: str, *, bad_input: bool) -> None:
+        reason = clip(reason)
+        if not bad_input:
+            self.errors |= {vnode: reason for vnode in self.vnodes if vnode not in self.errors}
+        if isinstance(effect, RunSave):
+            done = self._saves.get(effect.step)
+            if done is not None and not done.done():
+                done.set_exception(MalformedError(reason))
+            return
+        micro_batch = getattr(effect, "micro_batch", 0)
+        step = getattr(effect, "step", 0)
+        self.take(ComputeFailed(step, micro_batch, reason, bad_input))
+        self._made_room()
+
+    async def _carry_out(self, effect: Effect) -> None:
+        run, hosted = self._around.compute.run, self._hosted
+        match effect:
+            case RunForward(stage, step, micro_batch, inputs, batch_samples):
+                if not self._made:
+                    await self.ready()
+                outputs, metrics = await run(
+                    hosted.do_forward, stage, step, micro_batch, inputs, batch_samples
+                )
+                self.take(ForwardDone(stage, step, micro_batch, outputs, metrics))
+                self._made_room()
+            case RunBackward(stage, step, micro_batch, gradients):
+                found = await run(hosted.do_backward, stage, step, micro_batch, gradients)
+                for vnode in hosted.stages[stage].nodes:
+                    await self._around.faults.reach("backward", vnode, step)
+                self.take(BackwardDone(stage, step, micro_batch, found))
+                self._made_room()
+            case RunApply(step, norm):
+                if not self._made:
+                    await self.ready()
+                await run(hosted.do_apply, step, norm)
+                self.take(ApplyDone(step))
+                self._made_room()
+            case RunSave(step):
+                await self.ready()
+                states = await run(hosted.do_save, step)
+                if self._core.pace.snapshot_every:
+                    self._snapshots[step] = states
+                    for old in sorted(self._snapshots)[:-SNAPSHOTS_KEPT]:
+                        del self._snapshots[old]
+                done = self._saves.get(step)
+                if done is not None and not done.done():
+                    done.set_result(states)
+            case SendActivations():
+                self._tasks.spawn(self._send_activations(effect))
+            case SendGradients():
+                self._tasks.spawn(self._send_gradients(effect))
+            case Report():
+                self._tasks.spawn(self._report(effect))
+            case Trouble():
+                self._tasks.spawn(
+                    self._trouble(effect.step, "", effect.reason, bad_input=effect.bad_input)
+                )
+            case Refuse():
+                pass  # given to whoever sent the message
+
+    def _made_room(self) -> None:
+        room, self._room = self._room, asyncio.Event()
+        room.set()
+
+    # Sending
+
+    async def _send_activations(self, effect: SendActivations) -> None:
+        edges = self._hosted.stages[effect.stage].outputs
+        sends = [
+            self._hop(edge.consumer, *activation_to(self._net, edge, effect, output), edge.node)
+            for edge, output in zip(edges, effect.outputs, strict=True)
+        ]
+        if all(await asyncio.gather(*sends)):
+            self.take(Sent(effect.stage, effect.step, effect.micro_batch))
+
+    async def _send_gradients(self, effect: SendGradients) -> None:
+        edges = [e for e in self._hosted.stages[effect.stage].inputs if e.wants_gradient]
+        await asyncio.gather(
+            *(
+                self._hop(edge.source, *gradient_to(self._net, edge, effect, gradient), edge.source)
+                for edge, gradient in zip(edges, effect.gradients, strict=True)
+            )
+        )
+
+    async def _hop(
+        self, to: str, event: Arrival, request: vnode_pb2.TrainRequest, ref: str
+    ) -> bool:
+        """Whether a tensor has arrived at another node, here or elsewhere.
+
+        `ref` is the node whose output it is, or whose output's gradient.
+        """
+        if self._net.graph.home(to) in self.vnodes:
+            answer = await self._locally(event)
+            if answer is not None:
+                await self._trouble(event.step, "", f"{to}: {answer.detail}", bad_input=False)
+            return answer is None
+        courier, tensor = self._around.courier, array_of(event.payload)
+        codec = codec_of(self._net.graph.codec_of(ref))
+        try:
+            head, payload = await courier.encode(self._net, to, tensor, codec)
+            request.tensor.CopyFrom(head)
+            await courier.send(self._net, request, payload, lambda: self._locally(event))
+        except EpochOver:
+            return False
+        except HopFailed as error:
+            await self._trouble(event.step, error.host, f"{to}: {error}", bad_input=False)
+            return False
+        return True
+
+    async def _locally(self, event: Arrival) -> common_pb2.Refusal | None:
+        while True:
+            answer = await self.take_when_room(event)
+            if answer is None or answer.code != common_pb2.REFUSAL_CODE_BUSY or self._closed:
+                return answer
+
+    # Reporting
+
+    async def _report(self, effect: Report) -> None:
+        step, compute = effect.step, self._around.compute
+        held = orchestrator_pb2.Held()
+        if effect.metrics is not None:
+            held.loss = effect.metrics.loss
+            held.correct = effect.metrics.correct
+            held.samples = effect.metrics.samples
+        if self._net.graph.clip_norm:
+            held.squares.extend(await compute.run(self._hosted.do_squares, step))
+        held.unfollowed.extend(await self._be_followed(step))
+        await self._tell(
+            orchestrator_pb2.ReportRequest(
+                id=self._id(step), vnode=self.vnodes[0], held=held, vnodes=self.vnodes
+            )
+        )
+
+    async def _be_followed(self, step: int) -> list[str]:
+        """Sends what is held to the standbys; returns VNodes that have one who did not take it."""
+        decided, norms = self._core.decision()
+
+        async def follow(vnode: str, standby: str) -> str:
+            data = await self._around.compute.run(self._hosted.do_pack, vnode, step)
+            request = vnode_pb2.FollowRequest(
+                id=self._id(step), vnode=vnode, decided_step=decided, norms=norms,
+                digest=sha256(data),
+            )  # fmt: skip
+            try:
+                reply, _ = await self._around.swarm.hop(
+                    standby, request, memoryview(data), timeout_s=FOLLOW_TIMEOUT_S
+                )
+            except P2PNetError as error:
+                logger.info("%s is not followed by its standby: %s", vnode, error)
+                return vnode
+            return vnode if reply.HasField("refusal") else ""
+
+        pairs = [
+            (vnode, standby)
+            for vnode in self.vnodes
+            for standby in self._net.standbys.get(vnode, ())
+        ]
+        missing = await asyncio.gather(*(follow(*pair) for pair in pairs))
+        return sorted({vnode for vnode in missing if vnode})
+
+    async def _trouble(self, step: int, host: str, reason: str, *, bad_input: bool) -> None:
+        trouble = orchestrator_pb2.Trouble(
+            host=host,
+            reason=clip(reason),
+            bad_input=bad_input,
+            state_lost=self._lost_state,
+        )
+        await self._tell(
+            orchestrator_pb2.ReportRequest(id=self._id(step), vnode=self.vnodes[0], trouble=trouble)
+        )
+
+    async def _tell(self, report: orchestrator_pb2.ReportRequest) -> None:
+        try:
+            await self._around.swarm.call(
+                self._net.claimant,
+                "Orchestrator/Report",
+                report,
+                orchestrator_pb2.ReportReply,
+                timeout_s=REPORT_TIMEOUT_S,
+            )
+        except P2PNetError as error:  # it notices a step that stands still by itself
+            logger.info("%s could not report to its orchestrator: %s", report.vnode, error)
+
+    def _id(self, step: int) -> vnode_pb2.StepId:
+        return vnode_pb2.StepId(network_id=self._net.network_id, epoch=self._net.epoch, step=step)
+
+
+async def make(
+    hosted: Hosted,
+    vnode: str,
+    net: HostedNetwork,
+    around: Surroundings,
+    adopt: Adopt | None,
+) -> None:
+    """Puts a VNode's component, with the state that the epoch starts from, into `hosted`.
+
+    Raises:
+        P2PNetError: that state is not to be had, and why.
+    """
+    if adopt is not None:
+        component = await adopt(vnode)
+        await around.compute.run(hosted.do_adopt, vnode, component, net.base_step)
+        return
+    state = await around.fetch(net, vnode)
+    step = await around.compute.run(hosted.do_make, vnode, state)
+    if step != net.base_step:
+        raise ForgedError(f"the state of {vnode} is of step {step}, not {net.base_step}")

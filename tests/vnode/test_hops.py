@@ -1,0 +1,350 @@
+"""Both ends of a stream of hops: what goes in comes out, in turns, within bounds."""
+
+from __future__ import annotations
+
+import random
+import tracemalloc
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from p2pnet.errors import MalformedError
+from p2pnet.net.hop_frames import DATA_BYTES_MAX, Request, first_frame, later_frame, read_frame
+from p2pnet.v1 import common_pb2, vnode_pb2
+from p2pnet.vnode.hops import (
+    EXCHANGES_MAX,
+    PAYLOAD_BYTES_MAX,
+    Answerer,
+    Asked,
+    Asker,
+    GivenUp,
+    Outbox,
+    Replied,
+    Room,
+)
+
+CHUNK = 1000
+
+
+def train(vnode: str = "fc1") -> vnode_pb2.TrainRequest:
+    return vnode_pb2.TrainRequest(vnode=vnode, slot=3)
+
+
+def forward() -> vnode_pb2.ForwardRequest:
+    return vnode_pb2.ForwardRequest(vnode="fc1", request_id=b"r" * 16)
+
+
+def taking(bytes_max: int = 1 << 20, room: Room | None = None) -> Answerer:
+    return Answerer(lambda request: bytes_max, room or Room(), chunk_bytes=CHUNK)
+
+
+class Pair:
+    """An asker and an answerer with a wire between them."""
+
+    def __init__(self, answerer: Answerer | None = None) -> None:
+        self.asker = Asker(chunk_bytes=CHUNK)
+        self.answerer = answerer or taking()
+
+    def ask(self, request: Request, payload: bytes | None = None, **more: int) -> int:
+        data = None if payload is None else memoryview(payload)
+        limit = more.get("reply_bytes_max", 1 << 20)
+        return self.asker.ask(request, data, 5.0, "1-0", reply_bytes_max=limit)
+
+    def there(self) -> list[Asked | GivenUp]:
+        heard = [self.answerer.heard(raw) for raw in frames(self.asker.outbox)]
+        return [event for event in heard if event is not None]
+
+    def back(self) -> list[Replied]:
+        heard = [self.asker.heard(raw) for raw in frames(self.answerer.outbox)]
+        return [event for event in heard if event is not None]
+
+
+def frames(outbox: Outbox) -> list[bytes]:
+    out = []
+    while (frame := outbox.take()) is not None:
+        out.append(frame)
+    return out
+
+
+@pytest.mark.parametrize("size", [None, 0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 10 * CHUNK, 5_000_000])
+def test_a_hop_there_and_back(size: int | None) -> None:
+    pair = Pair(taking(8 << 20))
+    payload = None if size is None else random.Random(size).randbytes(size)
+    id = pair.ask(forward(), payload, reply_bytes_max=8 << 20)
+    (asked,) = pair.there()
+    assert asked == Asked(id, forward(), payload or None, 5.0, "1-0")
+    reply = vnode_pb2.HopReply(tensor=common_pb2.Tensor(shape=[1]))
+    pair.answerer.answer(id, reply, None if payload is None else memoryview(payload), "2-0")
+    assert pair.back() == [Replied(id, reply, payload or None, "2-0")]
+    assert pair.asker.open == 0
+    assert pair.asker.outbox.unsent_bytes == pair.answerer.outbox.unsent_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        train(),
+        forward(),
+        vnode_pb2.CollectRequest(vnode="a"),
+        vnode_pb2.FollowRequest(vnode="a"),
+        vnode_pb2.DecidedRequest(step=7, norms=[1.5]),
+    ],
+    ids=lambda request: type(request).__name__,
+)
+def test_every_kind_of_request_travels(request_: Request) -> None:
+    pair = Pair()
+    pair.ask(request_)
+    (asked,) = pair.there()
+    assert isinstance(asked, Asked)
+    assert asked.request == request_
+
+
+def test_a_small_message_waits_for_one_frame_of_a_large_one() -> None:
+    pair = Pair()
+    large, small = pair.ask(train(), bytes(100 * CHUNK)), pair.ask(train(), b"small")
+    order = [read_frame(raw)[0].id for raw in frames(pair.asker.outbox)]
+    assert order[:3] == [large, small, large]
+    assert len(order) == 101
+
+
+def test_payloads_are_not_copied_on_the_way_out_or_in() -> None:
+    outbox = Outbox()
+    payload = bytearray(64 << 20)
+    tracemalloc.start()
+    try:
+        outbox.put(vnode_pb2.HopFrame(id=1), memoryview(payload))
+        frame = outbox.take()
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    finally:
+        tracemalloc.stop()
+    assert frame is not None
+    data = read_frame(frame)[1]
+    assert data.obj is frame
+
+
+def test_what_is_given_up_is_not_sent_on() -> None:
+    pair = Pair()
+    first, second = pair.ask(train(), bytes(50 * CHUNK)), pair.ask(train(), b"2")
+    raw = [pair.asker.outbox.take() for _ in range(3)]
+    pair.asker.give_up(first)
+    third = pair.ask(train(), bytes(50 * CHUNK))
+    pair.asker.give_up(third)  # nothing of it has been sent: nothing is said of it
+    raw += frames(pair.asker.outbox)
+    assert len(raw) == 4
+    events = [pair.answerer.heard(frame) for frame in raw if frame is not None]
+    assert [type(event) for event in events if event] == [Asked, GivenUp]
+    assert [event.id for event in events if event] == [second, first]
+    assert pair.asker.outbox.unsent_bytes == 0
+
+
+def test_a_late_reply_is_dropped() -> None:
+    pair = Pair()
+    id = pair.ask(forward(), b"x")
+    pair.there()
+    pair.answerer.answer(id, vnode_pb2.HopReply(), memoryview(bytes(5 * CHUNK)), "")
+    first = pair.answerer.outbox.take()
+    assert first is not None
+    assert pair.asker.heard(first) is None
+    pair.asker.give_up(id)
+    assert pair.there() == []  # it has been answered
+    assert pair.back() == []
+    assert pair.ask(forward()) == id + 1
+
+
+def test_an_answer_to_what_was_given_up_is_not_sent() -> None:
+    room = Room()
+    pair = Pair(taking(room=room))
+    id = pair.ask(train(), b"x")
+    pair.there()
+    assert (room.exchanges, room.held_bytes) == (1, 1)
+    pair.asker.give_up(id)
+    assert pair.there() == [GivenUp(id)]
+    assert (room.exchanges, room.held_bytes) == (0, 0)
+    pair.answerer.answer(id, vnode_pb2.HopReply(), None, "")
+    assert pair.back() == []
+
+
+def test_what_is_too_large_is_refused_with_both_sizes() -> None:
+    pair = Pair(taking(5000))
+    pair.ask(train(), bytes(5001))
+    small = pair.ask(train(), b"x")
+    events = pair.there()  # and the rest of it is read over
+    assert [event.id for event in events] == [small]
+    (refused,) = pair.back()
+    assert refused.reply.refusal.code == common_pb2.REFUSAL_CODE_TOO_LARGE
+    assert "5001" in refused.reply.refusal.detail
+    assert "5000" in refused.reply.refusal.detail
+
+
+def test_nothing_is_allocated_for_what_is_announced() -> None:
+    answerer = taking(PAYLOAD_BYTES_MAX)
+    head = vnode_pb2.HopFrame(id=1, train=train(), size_bytes=PAYLOAD_BYTES_MAX + 1)
+    tracemalloc.start()
+    try:
+        assert answerer.heard(first_frame(head, memoryview(b"x"))) is None
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_peer_has_so_much_room_over_all_its_streams() -> None:
+    room = Room(exchanges_max=3, bytes_max=1000)
+    one, other = Pair(taking(room=room)), Pair(taking(room=room))
+    ids = [one.ask(train(), bytes(400)), one.ask(train(), bytes(400))]
+    assert len(one.there()) == 2
+    other.ask(train(), bytes(400))
+    assert other.there() == []
+    assert other.back()[0].reply.refusal.code == common_pb2.REFUSAL_CODE_BUSY
+    other.ask(train(), bytes(100))
+    assert len(other.there()) == 1
+    other.ask(train())
+    assert other.there() == []  # three exchanges
+    one.answerer.answer(ids[0], vnode_pb2.HopReply(), None, "")
+    other.ask(train(), bytes(400))
+    assert len(other.there()) == 1
+    one.answerer.close()
+    other.answerer.close()
+    assert (room.exchanges, room.held_bytes) == (0, 0)
+
+
+def head(id: int = 1, size: int = 10, data: bytes = b"", **fields: object) -> bytes:
+    frame = vnode_pb2.HopFrame(id=id, size_bytes=size, **(fields or {"train": train()}))  # type: ignore[arg-type]
+    return first_frame(frame, memoryview(data))
+
+
+REPLY = {"reply": vnode_pb2.HopReply()}
+TO_A_HOST = {
+    "id 0": [head(0)],
+    "an id twice": [head(1), head(1)],
+    "an id from before": [head(2), head(1)],
+    "an id that is too large": [head((1 << 64) - 1)],
+    "data of an unknown id": [later_frame(1, memoryview(b"x"))],
+    "more than was announced": [head(size=3, data=b"1234")],
+    "more in a second frame": [head(size=3, data=b"12"), later_frame(1, memoryview(b"34"))],
+    "data after the end": [head(size=2, data=b"12"), later_frame(1, memoryview(b"3"))],
+    "data where there is none": [head(size=0, data=b"1")],
+    "a reply": [head(**REPLY)],
+    "an unknown id is given up": [later_frame(7, memoryview(b""))],
+    "refused and more of it": [head(size=5000, data=bytes(5001))],
+    "a frame too large": [head(size=1 << 21, data=bytes(DATA_BYTES_MAX + 1))],
+    "no frame": [b"\xff" * 20],
+    "empty": [b""],
+    "data before the head": [b"\x7a\x01x" + head()],
+    "cut short": [head(data=b"12345")[:-2]],
+}
+
+
+@pytest.mark.parametrize("name", TO_A_HOST)
+def test_who_breaks_the_rules_loses_the_stream(name: str) -> None:
+    room = Room()
+    answerer = taking(4000, room)
+    with pytest.raises(MalformedError):
+        for raw in TO_A_HOST[name]:
+            answerer.heard(raw)
+    answerer.close()
+    assert (room.exchanges, room.held_bytes) == (0, 0)
+
+
+TO_A_CALLER = {
+    "never asked": [head(9, **REPLY)],
+    "a request": [head(1)],
+    "larger than is taken": [head(1, 4001, **REPLY)],
+    "a payload alone": [later_frame(1, memoryview(b"x"))],
+    "nothing": [later_frame(1, memoryview(b""))],
+    "twice": [head(1, 10, b"1", **REPLY), head(1, 10, b"1", **REPLY)],
+    "more than announced": [head(1, 1, b"12", **REPLY)],
+}
+
+
+@pytest.mark.parametrize("name", TO_A_CALLER)
+def test_a_host_that_breaks_the_rules(name: str) -> None:
+    pair = Pair()
+    pair.ask(forward(), reply_bytes_max=4000)
+    with pytest.raises(MalformedError):
+        for raw in TO_A_CALLER[name]:
+            pair.asker.heard(raw)
+
+
+def test_refused_payloads_are_not_sent_without_end() -> None:
+    answerer = taking(10)
+    with pytest.raises(MalformedError):
+        for id in range(1, EXCHANGES_MAX + 2):
+            answerer.heard(head(id, 100, b"1"))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32))
+def test_any_order_of_events(seed: int) -> None:
+    """Hops, replies and givings up in any order: whatever is answered is right, or given up."""
+    rng = random.Random(seed)
+    room = Room(exchanges_max=8, bytes_max=20 * CHUNK)
+    pair = Pair(taking(6 * CHUNK, room))
+    payloads: dict[int, bytes] = {}
+    waiting: list[Asked] = []
+    done: dict[int, Replied] = {}
+    given_up: list[int] = []
+
+    def to_host(count: int) -> None:
+        for _ in range(count):
+            raw = pair.asker.outbox.take()
+            event = None if raw is None else pair.answerer.heard(raw)
+            if isinstance(event, Asked):
+                assert (event.payload or b"") == payloads[event.id]
+                waiting.append(event)
+            elif isinstance(event, GivenUp):
+                waiting[:] = [asked for asked in waiting if asked.id != event.id]
+
+    def to_caller(count: int) -> None:
+        for _ in range(count):
+            raw = pair.answerer.outbox.take()
+            event = None if raw is None else pair.asker.heard(raw)
+            if event is not None:
+                assert event.id not in done
+                assert event.id not in given_up
+                done[event.id] = event
+
+    for _ in range(rng.randrange(200)):
+        match rng.randrange(5):
+            case 0:
+                payload = rng.randbytes(rng.choice([0, 1, 5, CHUNK, 3 * CHUNK, 7 * CHUNK]))
+                payloads[pair.ask(forward(), payload)] = payload
+            case 1:
+                to_host(rng.randrange(5))
+            case 2 if waiting:
+                asked = waiting.pop(rng.randrange(len(waiting)))
+                data = memoryview(payloads[asked.id][::-1])
+                pair.answerer.answer(asked.id, vnode_pb2.HopReply(), data, "")
+            case 3:
+                to_caller(rng.randrange(5))
+            case 4 if payloads:
+                id = rng.choice(list(payloads))
+                if id not in done and id not in given_up:
+                    given_up.append(id)
+                    pair.asker.give_up(id)
+    to_host(10_000)
+    for asked in waiting:
+        data = memoryview(payloads[asked.id][::-1])
+        pair.answerer.answer(asked.id, vnode_pb2.HopReply(), data, "")
+    to_caller(10_000)
+    assert sorted([*done, *given_up]) == sorted(payloads)
+    for id, replied in done.items():
+        if not replied.reply.HasField("refusal"):
+            assert (replied.payload or b"") == payloads[id][::-1]
+    assert pair.asker.open == 0
+    assert (room.exchanges, room.held_bytes) == (0, 0)
+    assert pair.asker.outbox.unsent_bytes == pair.answerer.outbox.unsent_bytes == 0
+    assert not pair.asker.outbox._heads
+    assert not pair.answerer.outbox._heads
+
+
+def test_any_protobuf_writer_is_read() -> None:
+    """Frames that protobuf itself has written, and fields of a later version."""
+    frame = vnode_pb2.HopFrame(id=300, train=train(), size_bytes=5, hlc="x", data=b"12345")
+    parsed, data = read_frame(frame.SerializeToString())
+    assert data == b"12345"
+    frame.ClearField("data")
+    assert parsed == frame
+    extra = b"\xf8\x07\x05" + b"\xf9\x07" + bytes(8) + b"\xfd\x07" + bytes(4)
+    parsed, data = read_frame(extra + frame.SerializeToString())
+    assert (parsed.id, bytes(data)) == (300, b"")
