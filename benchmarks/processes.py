@@ -12,7 +12,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -131,6 +131,11 @@ class Process:
     def _last_words(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()
         return f"its last words: {lines[-1]}" if lines else "it said nothing"
+
+
+def cpu_s_of(processes: Iterable[Process]) -> float:
+    """CPU time that they have used, all together."""
+    return sum(process.cpu_s() for process in processes)
 
 
 class Processes:

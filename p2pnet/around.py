@@ -6,7 +6,8 @@ that the trio side replaces; only DHT calls cross over to trio.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -14,7 +15,13 @@ from google.protobuf.message import Message
 from p2pnet import clock
 from p2pnet.dht.keyspace import vnode_key
 from p2pnet.dht.shell import Dht
-from p2pnet.errors import ForgedError, UnreachableError
+from p2pnet.errors import (
+    ForgedError,
+    P2PNetError,
+    RefusedError,
+    RemoteError,
+    UnreachableError,
+)
 from p2pnet.events import EventBus
 from p2pnet.gossip.events import Member, State
 from p2pnet.gossip.shell import Gossip
@@ -23,6 +30,7 @@ from p2pnet.keys import KeyPair, short
 from p2pnet.net.bridge import Bridge
 from p2pnet.net.dialer import Dialer, PeerContact
 from p2pnet.net.groups import ip_group
+from p2pnet.net.handlers import Caller, Method
 from p2pnet.net.hop_frames import Buffer, Request
 from p2pnet.swarm import MemberView
 from p2pnet.v1 import common_pb2, records_pb2, vnode_pb2
@@ -57,6 +65,11 @@ class Around:
         self._members: tuple[MemberView, ...] = ()
         self._contacts: Mapping[str, PeerContact] = {}
         self._advert: common_pb2.Signed | None = None
+        self._own: dict[str, Method] = {}
+
+    def serves(self, service: str, methods: Mapping[str, Method]) -> None:
+        """What this node serves: its calls to itself need no network."""
+        self._own |= {f"{service}/{name}": it for name, it in methods.items() if it.is_unary}
 
     async def close(self) -> None:
         """Ends the streams of hops; before the dialer is closed."""
@@ -108,9 +121,29 @@ class Around:
         timeout_s: float,
     ) -> ReplyT:
         """See `Swarm`."""
+        own = self._own.get(method) if peer_id == self._keypair.peer_id else None
+        if own is not None:
+            return reply_type.FromString(await self._ask_ourselves(own, request, timeout_s))
         return await self._dialer.call(
             self._contact(peer_id), method, request, reply_type, timeout_s=timeout_s
         )
+
+    async def _ask_ourselves(self, own: Method, request: Message, timeout_s: float) -> bytes:
+        """A VNode and its orchestrator may live together: no round trip through gRPC then."""
+
+        async def only() -> AsyncIterator[bytes]:
+            yield request.SerializeToString()
+
+        try:
+            async with asyncio.timeout(timeout_s):
+                reply = await own.run(only(), Caller(self._keypair.peer_id, timeout_s), _refuse)
+        except TimeoutError:
+            raise UnreachableError("this node did not answer itself in time") from None
+        except RemoteError:
+            raise
+        except P2PNetError as error:  # as any other peer would hear of it
+            raise RefusedError(str(error)) from None
+        return reply or b""
 
     async def hop(
         self, peer_id: str, request: Request, payload: Buffer | None, *, timeout_s: float
@@ -195,3 +228,7 @@ def view_of(member: Member) -> MemberView:
         coordinate=member.advert.coordinate,
         suspect=member.state is State.SUSPECT,
     )
+
+
+async def _refuse(reply: bytes) -> None:
+    raise TypeError("a method with one reply gives no others")

@@ -214,6 +214,7 @@ async def run_node(
             for part in (host, blobs, orchestrator, keeper, tracing):
                 for service, methods in part.services().items():
                     server.add(service, methods)
+                    around.serves(service, methods)
             orchestrator.start()
             ip = parse(config.listen[0]).host
             address = f"[{ip}]" if ":" in ip else ip

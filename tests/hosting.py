@@ -19,7 +19,7 @@ from p2pnet.log.history import placement_of
 from p2pnet.v1 import common_pb2, log_pb2, pnode_pb2, vnode_pb2
 from p2pnet.vnode.draft import TARGET
 from p2pnet.vnode.graph import CompiledGraph
-from p2pnet.vnode.tensors import Array, digest_of, encode
+from p2pnet.vnode.tensors import Array, Buffer, digest_of, encode
 
 BOSS = "boss"  # orchestrates, and is granted to
 RIVAL = "rival"  # is granted to as well
@@ -151,19 +151,21 @@ def training_input(
     step: int = 1,
     epoch: int = 1,
     **changes: Any,
-) -> vnode_pb2.TrainRequest:
-    """An activation or a network input for the slot of `vnode` that takes `source`."""
+) -> tuple[vnode_pb2.TrainRequest, Buffer]:
+    """An activation or a network input for the slot of `vnode` that takes `source`; its bytes."""
+    tensor, payload = encode(array)
     fields: dict[str, Any] = {
         "id": vnode_pb2.StepId(network_id=network_of(graph), epoch=epoch, step=step),
         "vnode": vnode,
         "direction": vnode_pb2.DIRECTION_FORWARD,
         "source": source,
         "slot": graph.node(vnode).inputs.index(source) if vnode in ORDER else 0,
-        "tensor": encode(array),
+        "tensor": tensor,
         "decided_step": step - 1,
         "tensor_digest": digest_of(array),
+        "batch_samples": len(array) if array.ndim else 1,
     }
-    return vnode_pb2.TrainRequest(**(fields | changes))
+    return vnode_pb2.TrainRequest(**(fields | changes)), payload
 
 
 async def feed(
@@ -176,6 +178,6 @@ async def feed(
     """Feeds the inputs and the target of one step, each of which has to be taken."""
     for name, array in (("x", batch[0]), (TARGET, batch[1])):
         for vnode, slot in graph.consumers(name):
-            request = training_input(graph, vnode, name, array, slot=slot, **changes)
-            reply = await swarm.ask(hosts[vnode], "VNode/Train", request, vnode_pb2.HopReply)
+            request, payload = training_input(graph, vnode, name, array, slot=slot, **changes)
+            reply, _ = await swarm.ask_hop(hosts[vnode], request, payload)
             assert not reply.HasField("refusal"), reply.refusal

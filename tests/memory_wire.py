@@ -23,7 +23,7 @@ from p2pnet.net.dialer import PeerContact
 from p2pnet.net.handlers import Caller, Method, refusal_of
 from p2pnet.net.hop_frames import Buffer, Request
 from p2pnet.v1 import vnode_pb2
-from p2pnet.vnode.hops_shell import Handler, refusal_for
+from p2pnet.vnode.hops_server_shell import Handler, refusal_for
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")

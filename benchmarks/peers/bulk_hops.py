@@ -18,7 +18,8 @@ from p2pnet.net.hop_frames import Request
 from p2pnet.net.rpc_server import RpcServer
 from p2pnet.net.tls import make_certificate
 from p2pnet.v1 import vnode_pb2
-from p2pnet.vnode.hops_shell import Hops, HopsServer
+from p2pnet.vnode.hops_server_shell import HopsServer
+from p2pnet.vnode.hops_shell import Hops
 
 _TIMEOUT_S = 30.0
 

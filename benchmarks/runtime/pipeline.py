@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import statistics
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 from benchmarks.processes import Process, Processes
@@ -26,51 +27,52 @@ MICRO_BATCHES = 4
 ACTIVATION = "ReLU"
 _STEPS = 16
 _LIMIT_S = 1.5
-_RIVAL = "plain torch"
+
+Rates = dict[str, list[float]]  # samples a second, by who: a figure a round
 
 
 def measure(directory: Path, rounds: int, *, hivemind: bool) -> Found:
     """Runs rounds, in which they take turns. Raises `processes.Failed`."""
-    threads = list(dict.fromkeys((1, os.cpu_count() or 1)))
-    ours: list[float] = []
-    whole: dict[int, list[float]] = {count: [] for count in threads}
-    parts: dict[int, list[float]] = {count: [] for count in threads}
+    parts: Rates = defaultdict(list)  # over micro-batches
+    whole: Rates = defaultdict(list)  # on the full batch
     with Processes(directory) as processes:
         swarm = Swarm(processes, directory, NODES)
-        hosts = swarm.submit(
-            chain_of(
-                "mlp",
-                LAYERS,
-                activation=ACTIVATION,
-                groups=NODES,
-                optimizer=SGD,
-                micro_batches=MICRO_BATCHES,
-            )
+        spec = chain_of(
+            "mlp",
+            LAYERS,
+            activation=ACTIVATION,
+            groups=NODES,
+            optimizer=SGD,
+            micro_batches=MICRO_BATCHES,
         )
-        alone = {count: _torch(processes, count) for count in threads}
+        hosts = swarm.submit(spec)
+        alone = {f"torch, threads: {n}": _torch(processes, n) for n in _threads()}
         for _ in range(rounds):
-            ours.append(BATCH / mean_s(swarm.client, "mlp", BATCH, _STEPS))
-            for count, peer in alone.items():
-                parts[count].append(_samples_per_s(peer, MICRO_BATCHES))
-                whole[count].append(_samples_per_s(peer, 1))
-    best = max(threads, key=lambda count: statistics.median(parts[count]))
-    best_whole = max(threads, key=lambda count: statistics.median(whole[count]))
-    what = f"MLP 8 x 1024, batch {BATCH}, {MICRO_BATCHES} micro-batches, {NODES} nodes: training"
-    figures = {P2PNET: over(ours), _RIVAL: over(parts[best])}
-    figures |= {_threads(n): over(parts[n]) for n in threads if n != best}
-    against_whole = {P2PNET: over(ours), _RIVAL: over(whole[best_whole])}
-    against_whole |= {_threads(n): over(whole[n]) for n in threads if n != best_whole}
+            parts[P2PNET].append(BATCH / mean_s(swarm.client, "mlp", BATCH, _STEPS))
+            for who, peer in alone.items():
+                parts[who].append(_samples_per_s(peer, MICRO_BATCHES))
+                whole[who].append(_samples_per_s(peer, 1))
+    whole[P2PNET] = parts[P2PNET]
+    what = f"MLP 8 x 1024, batch {BATCH}, {MICRO_BATCHES} micro-batches: training"
     return Found(
         [
-            Line(what, "samples/s", figures, rival=_RIVAL, goal=Goal(ratio_min=0.7)),
-            Line("  plain torch on the full batch", "samples/s", against_whole, rival=_RIVAL),
+            _line(what, parts, Goal(ratio_min=0.7)),
+            _line("  torch on the full batch", whole, None),
         ],
-        [
-            f"{len(set(hosts.values()))} nodes hold a part; the rival has {best} threads, "
-            f"on the full batch {best_whole}"
-        ],
-        {"p2pnet": ours, "torch": {"micro-batches": parts, "full batch": whole}},
+        [f"{len(set(hosts.values()))} of {NODES} nodes hold a part of it"],
+        {"micro-batches": dict(parts), "full batch": dict(whole)},
     )
+
+
+def _line(name: str, rates: Rates, goal: Goal | None) -> Line:
+    """The rival is the faster torch."""
+    figures = {who: over(rates[who]) for who in sorted(rates, key=lambda who: who != P2PNET)}
+    rival = max((who for who in rates if who != P2PNET), key=lambda who: figures[who].value)
+    return Line(name, "samples/s", figures, rival=rival, goal=goal)
+
+
+def _threads() -> list[int]:
+    return list(dict.fromkeys((1, os.cpu_count() or 1)))
 
 
 def _torch(processes: Processes, threads: int) -> Process:
@@ -90,7 +92,3 @@ def _samples_per_s(peer: Process, micro_batches: int) -> float:
     )
     took_ms: list[float] = done["took_ms"]
     return BATCH * 1000 / statistics.median(took_ms)
-
-
-def _threads(count: int) -> str:
-    return f"torch, {count} threads" if count > 1 else "torch, 1 thread"

@@ -51,7 +51,7 @@ def submit(
     """Submit a network (a YAML spec) and wait until it is placed."""
     from p2pnet.orchestrator.spec import load_spec
 
-    load_spec(spec)  # what is wrong with it is said before anybody is asked
+    graph = load_spec(spec)  # what is wrong with it is said before anybody is asked
     with connect(data_dir, bootstrap) as client:
         network = client.submit(
             spec,
@@ -72,9 +72,10 @@ def submit(
             }
         )
     else:
+        example = "text:FILE" if _reads_tokens(graph) else "digits:train"
         click.echo(
             f"{info.name} ({info.network_id}) is placed: {len(info.vnodes)} VNodes. "
-            f"Train it with `p2pnet train {info.name} --data digits:train`."
+            f"Train it with `p2pnet train {info.name} --data {example}`."
         )
 
 
@@ -193,13 +194,17 @@ class _Data:
         if self._samples is not None:
             return self._samples
         assert self._tokens is not None
-        specs = list(graph.inputs.values())
-        if len(specs) != 1 or specs[0].dtype != "int64" or len(specs[0].shape) != 1:
+        if not _reads_tokens(graph):
             raise UsageError(
                 f"{graph.name} is no language model: a text needs a network with one input of "
                 "tokens, int64[length]"
             )
-        return samples(self._tokens, specs[0].shape[0])
+        return samples(self._tokens, next(iter(graph.inputs.values())).shape[0])
+
+
+def _reads_tokens(graph: CompiledGraph) -> bool:
+    specs = list(graph.inputs.values())
+    return len(specs) == 1 and specs[0].dtype == "int64" and len(specs[0].shape) == 1
 
 
 def _steps(samples: int, batch_size: int, smallest: int) -> int:

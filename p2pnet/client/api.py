@@ -1,7 +1,7 @@
 """What Python programs without async use: `Client` and `Network`.
 
-They do what `AsyncClient` and `AsyncNetwork` do (`p2pnet.client.aio` says what that is), on
-a loop in a thread of their own, and block until it is done.
+They do what `AsyncClient` and `AsyncNetwork` do (`p2pnet.client.aio`, `network`), on a loop
+in a thread of their own, and block until it is done.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
-from p2pnet.client.aio import CALL_TIMEOUT_S, AsyncClient, AsyncNetwork, SubmitOptions
+from p2pnet.client.aio import AsyncClient, SubmitOptions
 from p2pnet.client.inference import Chunk, Missing
+from p2pnet.client.network import CALL_TIMEOUT_S, AsyncNetwork
 from p2pnet.client.portal import Portal
 from p2pnet.client.session import NetworkInfo, Session
 from p2pnet.errors import UnreachableError

@@ -142,7 +142,7 @@ class Builder:
         """The Embedding that has this weight, if one has."""
         for name, module in self.model.named_modules():
             if isinstance(module, nn.Embedding) and module.weight is weight:
-                return name
+                return str(name)
         return None
 
     def once(self, name: str, module: nn.Module) -> str:
@@ -206,6 +206,10 @@ def decompose(
     """
     from p2pnet.client.operations import apply_operation
 
+    for name, weight in model.named_parameters():
+        if weight.dtype != torch.float32:
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise SpecError(f"{name} is {kind}, and weights are {DTYPE}: model.float()")
     twin, graph, whole = trace(model, inputs, _check_leaf)
     builder = Builder(twin, fuse)
     names = list(inputs)

@@ -16,7 +16,6 @@ import numpy as np
 from p2pnet.client.connection import Patience
 from p2pnet.client.passes import REQUEST_ID_BYTES, Astray, Part, Passes
 from p2pnet.client.sampling import pick
-from p2pnet.client.session import NetworkInfo, Session
 from p2pnet.data import text
 from p2pnet.errors import RefusedError, SpecError, UsageError
 from p2pnet.vnode.graph import CompiledGraph
@@ -28,9 +27,7 @@ BEGINNING = "\n"  # where there is no prompt
 
 
 async def generate(
-    session: Session,
-    network: NetworkInfo,
-    graph: CompiledGraph,
+    passes: Passes,
     prompt: str,
     *,
     tokens: int = 100,
@@ -51,12 +48,12 @@ async def generate(
         UsageError: the network is no language model over bytes, or a number that cannot be.
         UnreachableError: the network does not answer for too long.
     """
-    context = _context_of(graph)
+    context = _context_of(passes.graph)
     if not 0 < tokens <= TOKENS_MAX:
         raise UsageError(f"how many tokens to generate is 1 to {TOKENS_MAX}, not {tokens}")
     if not 0.0 <= temperature <= 100.0 or top_k < 0:
         raise UsageError("the temperature is 0 to 100, and top-k 0 (all) or more")
-    reader = _Reader(Passes(session, network, graph), graph)
+    reader = _Reader(passes)
     rng = np.random.default_rng(seed)
     decoder = text.Decoder()
     window = text.encode(prompt or BEGINNING)
@@ -75,11 +72,12 @@ async def generate(
 class _Reader:
     """Reads a growing sequence, through sessions that may be lost."""
 
-    def __init__(self, passes: Passes, graph: CompiledGraph) -> None:
+    def __init__(self, passes: Passes) -> None:
         self._passes = passes
-        self._graph = graph
-        self._input = next(iter(graph.inputs))
+        self._graph = passes.graph
+        self._input = next(iter(passes.graph.inputs))
         self._part: Part | None = None  # that comes next
+        self._sessions = os.urandom(1)[0]  # ... begun: the next one goes to other replicas
 
     def begin_anew(self) -> None:
         """The next sequence does not continue the one before."""
@@ -89,7 +87,7 @@ class _Reader:
         """The logits [256] of what follows the tokens so far."""
         patience = Patience(f"an answer of network {self._graph.name}", GIVE_UP_S)
         while True:
-            part = self._part or Part(os.urandom(REQUEST_ID_BYTES), 0)
+            part = self._part or self._begin()
             inputs = {self._input: window[None, part.position :]}
             try:
                 output = await self._passes.once(inputs, part)
@@ -103,6 +101,10 @@ class _Reader:
                 self._part = Part(part.session, len(window))
                 logits: Array = output[0, -1]
                 return logits
+
+    def _begin(self) -> Part:
+        self._sessions = (self._sessions + 1) % 256
+        return Part(os.urandom(REQUEST_ID_BYTES - 1) + bytes([self._sessions]), 0)
 
 
 def _context_of(graph: CompiledGraph) -> int:

@@ -17,7 +17,6 @@ import numpy as np
 from p2pnet.client.batches import fitted
 from p2pnet.client.connection import Patience
 from p2pnet.client.passes import Astray, Passes
-from p2pnet.client.session import NetworkInfo, Session
 from p2pnet.errors import NotFoundError, RefusedError, UnreachableError, UsageError
 from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.tensors import Array
@@ -61,17 +60,18 @@ class Outcome:
 
 
 async def infer(
-    session: Session, network: NetworkInfo, graph: CompiledGraph, inputs: Mapping[str, Array]
+    passes: Passes, inputs: Mapping[str, Array]
 ) -> AsyncGenerator[Chunk | Missing, None]:
     """The network's outputs for a batch of any size, samples first: in order, as they come.
 
     Raises:
         UsageError: inputs of a wrong shape or dtype, or the local node is gone.
     """
+    graph = passes.graph
     arrays = _checked(graph, inputs)
     samples = len(next(iter(arrays.values())))
     step = min(CHUNK_SAMPLES, graph.batch_max)
-    work = _Work(Passes(session, network, graph), graph, arrays)
+    work = _Work(passes, arrays)
     todo = deque(range(0, samples, step))
     running: deque[asyncio.Task[list[Chunk | Missing]]] = deque()
     try:
@@ -88,16 +88,15 @@ async def infer(
         await asyncio.gather(*running, return_exceptions=True)
 
 
-async def infer_all(
-    session: Session, network: NetworkInfo, graph: CompiledGraph, inputs: Mapping[str, Array]
-) -> Outcome:
+async def infer_all(passes: Passes, inputs: Mapping[str, Array]) -> Outcome:
     """The same at once: every row that could be had, and which could not. Raises as `infer`."""
+    graph = passes.graph
     arrays = _checked(graph, inputs)
     spec = graph.tensor(graph.output)
     samples = len(next(iter(arrays.values())))
     outputs = np.full((samples, *spec.shape), np.nan, spec.dtype)
     missing = []
-    async with aclosing(infer(session, network, graph, inputs)) as items:
+    async with aclosing(infer(passes, inputs)) as items:
         async for item in items:
             if isinstance(item, Missing):
                 missing.append(item)
@@ -120,9 +119,9 @@ def _checked(graph: CompiledGraph, inputs: Mapping[str, Array]) -> dict[str, Arr
 class _Work:
     """Chunks of one batch."""
 
-    def __init__(self, passes: Passes, graph: CompiledGraph, arrays: Mapping[str, Array]) -> None:
+    def __init__(self, passes: Passes, arrays: Mapping[str, Array]) -> None:
         self._passes = passes
-        self._graph = graph
+        self._graph = passes.graph
         self._arrays = arrays
         self._splits = 0
         self._gone = 0  # chunks that were given up since one came through

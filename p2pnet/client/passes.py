@@ -51,7 +51,10 @@ class Astray(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a sequence that is fed token by token: which, and where it begins."""
+    """A part of a sequence that is fed token by token: which, and where it begins.
+
+    The last byte of `session` decides which replicas it goes through.
+    """
 
     session: bytes
     position: int
@@ -69,12 +72,15 @@ class _Way:
 
 
 class Passes:
-    """Forward passes of one client through one network. Lives on an asyncio loop."""
+    """Forward passes of one client through one network. Lives on an asyncio loop.
+
+    Keep it for as long as the network is asked anything: it remembers where VNodes live.
+    """
 
     def __init__(self, session: Session, network: NetworkInfo, graph: CompiledGraph) -> None:
+        self.graph = graph
         self._session = session
         self._network = network
-        self._graph = graph
         self._ways: list[dict[str, Place]] = []  # by replica; empty: to be asked
         self._told: dict[str, Place] = {}  # by hosts, who may know newer ones than the DHT
         self._turn = os.urandom(1)[0]  # whose it is, of the replicas
@@ -89,7 +95,7 @@ class Passes:
         """The network's output, samples first.
 
         Where all VNodes have standbys, passes take turns between them; the parts of a
-        sequence stay where the first one went, until one fails.
+        sequence stay where the first one went.
 
         Raises:
             Astray: it has not come; where VNodes live is asked anew for the next try.
@@ -98,13 +104,11 @@ class Passes:
         """
         try:
             ways = await self._located()
-            if part is None:
-                self._turn += 1
-            replica = self._turn % len(ways)
+            self._turn += part is None
+            replica = (self._turn if part is None else part.session[-1]) % len(ways)
             return await self._once(inputs, part, _Way(replica, dict(ways[replica])))
         except (Astray, MalformedError, NotFoundError, UnreachableError) as error:
             self._ways = []
-            self._turn += 1
             if isinstance(error, Astray):
                 raise
             raise Astray(str(error)) from None
@@ -130,7 +134,7 @@ class Passes:
         return self._ways
 
     async def _once(self, inputs: Mapping[str, Array], part: Part | None, way: _Way) -> Array:
-        graph = self._graph
+        graph = self.graph
         request_id = os.urandom(REQUEST_ID_BYTES)
         sent = {name: encode(array) for name, array in inputs.items()}
         outlet = graph.home(graph.output)
@@ -179,13 +183,13 @@ class Passes:
         """The output, if it is one: a host may answer anything."""
         reply, payload = answer
         name, array = next(iter(inputs.items()))
-        spec = self._graph.tensor(self._graph.output)
+        spec = self.graph.tensor(self.graph.output)
         shape = spec.shape
-        if array.shape[1:] != self._graph.tensor(name).shape:  # a part of a sequence
+        if array.shape[1:] != self.graph.tensor(name).shape:  # a part of a sequence
             shape = (array.shape[1], *shape[1:])
         said = (tuple(reply.tensor.shape), dtype_name(reply.tensor))
         if said != ((len(array), *shape), spec.dtype):
-            raise Astray("a host answers with something that is no output", self._graph.output)
+            raise Astray("a host answers with something that is no output", self.graph.output)
         return decode(reply.tensor, payload, bytes_max=len(array) * spec.size_bytes)
 
     async def _reach(
@@ -223,6 +227,8 @@ class Passes:
 
 async def _all(asked: Sequence[Coroutine[None, None, Answer]]) -> list[Answer]:
     """All answers, or the first error; nothing is left running."""
+    if len(asked) == 1:
+        return [await asked[0]]
     tasks = [asyncio.ensure_future(one) for one in asked]
     try:
         return list(await asyncio.gather(*tasks))

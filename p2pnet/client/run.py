@@ -105,7 +105,8 @@ class TrainingRun:
 
     async def start(self) -> CompiledGraph:
         """Waits until the network is ready to be trained; returns its graph."""
-        await self._or_over(self._started)
+        if not self._started.done():
+            await self._or_over(self._started)
         assert self._graph is not None
         return self._graph
 

@@ -122,9 +122,17 @@ class _Tracer(fx.Tracer):
         node.meta["path"] = path.rpartition(".")[0] if kind == "call_module" else path
         if kind == "call_module":
             self._check(target, self.root.get_submodule(target))
-        if kind != "output":
+        if kind not in ("output", "get_attr"):
             node.meta["value"] = self._run(node)
         return proxy
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(kind, target, *args, **kwargs)
+        if kind == "get_attr":  # constants are nodes without a proxy
+            running, self._running = self._running, True  # not to be traced itself
+            node.meta["value"] = _attribute(self.root, str(target))
+            self._running = running
+        return node
 
     @torch.no_grad()
     def _run(self, node: fx.Node) -> Any:
@@ -133,8 +141,6 @@ class _Tracer(fx.Tracer):
         named: Any = fx.node.map_arg(node.kwargs, lambda one: one.meta["value"])
         if node.op == "placeholder":
             return self._inputs.get(str(node.target), *node.args)
-        if node.op == "get_attr":
-            return _attribute(self.root, str(node.target))
         if node.op == "call_module":
             function: Callable[..., Any] = self.root.get_submodule(str(node.target)).forward
             source = node.args[0] if node.args else None
@@ -220,7 +226,8 @@ def place_of(node: fx.Node) -> str:
     what = str(node.target) if node.op in ("call_module", "call_method") else node.name
     if node.op == "call_module":
         return f"layer {what}"
-    lines = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
+    lines = [frame for frame in frames if "/torch/" not in frame[0] and frame[0] != __file__]
     at = f" ({lines[-1][0].rpartition('/')[2]}, line {lines[-1][1]})" if lines else ""
     return f"{what} in {path}{at}"
 

@@ -38,6 +38,7 @@ VNODE_CHARS_MAX = 128
 _ADDRS_MAX = 16
 _TEXT_CHARS_MAX = 512
 _KEEPERS_MAX = 32
+_STANDBYS_MAX = 2
 _SET_VERSION = 1
 _COUNTER_MAX = (1 << 63) - 1
 
@@ -174,6 +175,9 @@ def _open_allocation(record: records_pb2.Record, author: str) -> records_pb2.All
     host = keys.verify(keys.ACCEPTANCE, accepted)
     check_name("VNode", allocation.vnode, VNODE_CHARS_MAX)
     _check_texts("addresses", allocation.addrs, _ADDRS_MAX)
+    _check_texts("standbys", allocation.standbys, _STANDBYS_MAX)
+    if allocation.host in allocation.standbys:
+        raise MalformedError("an allocation whose host is its own standby")
     if len(allocation.role) > NAME_CHARS_MAX:
         raise MalformedError("an allocation with too long a role")
     if not 1 <= allocation.lease_s <= TTL_S_MAX:

@@ -8,10 +8,10 @@ from google.protobuf.message import DecodeError
 
 from p2pnet.errors import MalformedError, RefusedError
 from p2pnet.keys import ACCEPTANCE, verify
-from p2pnet.log.history import History, placement_of
+from p2pnet.log.history import History
 from p2pnet.orchestrator.desk import locations
 from p2pnet.orchestrator.hosts import all_hosts, by_host, following_by_host
-from p2pnet.v1 import common_pb2, orchestrator_pb2, pnode_pb2, records_pb2
+from p2pnet.v1 import common_pb2, pnode_pb2, records_pb2
 from p2pnet.vnode.graph import CompiledGraph
 
 
@@ -59,27 +59,6 @@ def allocate_requests(
     return requests
 
 
-def relocations_of(history: History) -> list[orchestrator_pb2.Relocation]:
-    """What moved from claim to claim, as the log says; it does not say how long that took."""
-    moved: list[orchestrator_pb2.Relocation] = []
-    before: dict[str, str] = {}
-    for _, claim in history.claims:
-        now = placement_of(claim)
-        moved += [
-            orchestrator_pb2.Relocation(
-                vnode=vnode,
-                from_host=before[vnode],
-                to_host=host,
-                epoch=claim.epoch,
-                reason=claim.reason,
-            )
-            for vnode, host in sorted(now.items())
-            if before.get(vnode, host) != host
-        ]
-        before = now
-    return moved
-
-
 def check_accepted(
     network_id: str,
     epoch: int,
@@ -102,7 +81,6 @@ def check_accepted(
             raise MalformedError("the host signed what is no allocation") from None
         said.append((it.network_id, it.vnode, it.host, it.epoch, tuple(it.standbys)))
     if sorted(said) != [
-        (network_id, vnode, host, epoch, tuple(standbys.get(vnode, ())))
-        for vnode in sorted(vnodes)
+        (network_id, vnode, host, epoch, tuple(standbys.get(vnode, ()))) for vnode in sorted(vnodes)
     ]:
         raise RefusedError("the host agreed to something else than it was asked for")

@@ -36,16 +36,16 @@ from p2pnet.log.history import (
     open_charter,
 )
 from p2pnet.orchestrator import messages as m
-from p2pnet.orchestrator.allocations import allocate_requests, check_accepted, relocations_of
+from p2pnet.orchestrator.agreement import Agreement
 from p2pnet.orchestrator.asks import Ask, Asks
 from p2pnet.orchestrator.desk import REASON_CHARS_MAX, Desk
 from p2pnet.orchestrator.feeding import refused
-from p2pnet.orchestrator.hosts import all_hosts, by_host
 from p2pnet.orchestrator.moving import Move
+from p2pnet.orchestrator.relocations import Relocations
 from p2pnet.orchestrator.sightings import closed_by_owner
 from p2pnet.orchestrator.standbys import count
 from p2pnet.orchestrator.training import Training
-from p2pnet.orchestrator.watching import LEASE_S, LOOK_INTO_THE_LOG, Watch
+from p2pnet.orchestrator.watching import LOOK_INTO_THE_LOG, Watch
 from p2pnet.v1 import common_pb2, log_pb2, orchestrator_pb2, pnode_pb2
 from p2pnet.vnode.graph import CompiledGraph
 
@@ -59,14 +59,11 @@ LOG_PATIENCE_S = 60.0
 LIMITED_S = 60.0  # between looks whether the owner's limits allow more
 WELL_S = 60.0
 GONE_MAX = 10_000
-RELOCATIONS_KEPT = 1000
 
 STALE = common_pb2.REFUSAL_CODE_STALE_EPOCH
 FAILED = common_pb2.REFUSAL_CODE_FAILED
-BUSY = common_pb2.REFUSAL_CODE_BUSY
 CLOSED = common_pb2.REFUSAL_CODE_CLOSED
 DRAINING = common_pb2.REFUSAL_CODE_DRAINING
-STATE_LOST = common_pb2.REFUSAL_CODE_STATE_LOST
 
 
 class Phase(Enum):
@@ -122,6 +119,7 @@ class Conductor:
             alive={key.peer_id: None},
         )
         self._training = Training(self._desk)
+        self._agreement = Agreement(self._desk, self._training)
         self._watch = Watch(self._desk)
         self._asks = Asks(self._desk)
         self._begin: m.Begin | None = None
@@ -130,28 +128,18 @@ class Conductor:
         self._futile = 0  # recoveries since the last commit
         self._tries = 0  # allocations in a row that were not agreed to
         self._plans: dict[m.Purpose, None] = {}  # that are being made
-        # What is being claimed or allocated, and whether it goes on in memory.
-        self._chosen: dict[str, str] = {}
-        self._following: dict[str, tuple[str, ...]] = {}
-        self._live = False
-        # The epoch that VNodes have all decided steps of in memory, as far as is known; 0: none.
-        self._lives_from = 0
         self._setback = ""  # that steps were lost, and which, until there is a commit
         self._reading = False
         self._waits_for_log: float | None = None  # since when it takes nothing of ours
         self._appending: _Entry | None = None
         self._sent: common_pb2.Signed | None = None
-        self._asked: dict[str, None] = {}  # hosts whose answer to Allocate is awaited
-        self._acceptances: list[common_pb2.Signed] = []
-        self._absent: dict[str, None] = {}  # who only follows, and has not agreed
-        self._disagreed = ""  # why the present allocation has failed
         self._move: Move | None = None
         self._gone: dict[str, None] = {}  # members that are no more, and have not come back
         self._resume_at: float | None = None
         self._ready_at = 0.0
         self._improve_at = 0.0
         self._keepers_at: float | None = None  # when a lost keeper is replaced
-        self._relocations: list[orchestrator_pb2.Relocation] = []
+        self._relocations = Relocations()
 
     # The core
 
@@ -184,7 +172,7 @@ class Conductor:
             for vnode, peers in self._desk.standbys.items():
                 assert self.placement[vnode] not in peers
         if self.phase is Phase.ALLOCATING:
-            assert self._asked
+            assert self._agreement.pending
         if self.phase is Phase.OVER:
             assert not self._asks.any
 
@@ -253,7 +241,7 @@ class Conductor:
 
     def needs(self, peer_id: str) -> bool:
         """Whether a peer hosts or follows a VNode, is about to, or keeps the log."""
-        hosts = (*self._desk.hosts_now, *all_hosts(self._chosen, self._following))
+        hosts = (*self._desk.hosts_now, *self._agreement.hosts)
         return peer_id in hosts or peer_id in self.history.keepers
 
     def locations(self) -> list[pnode_pb2.Location]:
@@ -273,7 +261,7 @@ class Conductor:
             orchestrator=desk.key.peer_id,
             vnodes=[health[vnode] for vnode in desk.graph.vnodes() if vnode in health],
             locations=desk.locations(),
-            relocations=self._relocations,
+            relocations=self._relocations.rows,
             states=desk.states,
             steps_decided=training.steps_decided,
             step_bytes=training.step_bytes,
@@ -299,11 +287,8 @@ class Conductor:
                 self._not_appended(event.reason)
             case m.Planned():
                 self._planned(event)
-            case m.Allocated():
-                self._allocated(event)
-            case m.NotAllocated():
-                if event.epoch == self.epoch and event.host in self._asked:
-                    self._disagrees(event.host, event.reason, event.code)
+            case m.Allocated() | m.NotAllocated():
+                self._answered(event)
             case m.HostReady():
                 self._host_ready(event)
             case m.Beaten() | m.NotBeaten():
@@ -399,7 +384,7 @@ class Conductor:
         self._begin = None
         self._desk.placement = dict(history.placement)
         self._desk.standbys = dict(history.standbys)
-        self._relocations = relocations_of(history)[-RELOCATIONS_KEPT:]
+        self._relocations.take_over(history)
         if history.epoch:
             self.taken_over = history.epoch + 1
             self._desk.note(
@@ -497,9 +482,9 @@ class Conductor:
     def _recover(self, reason: str) -> None:
         if self._desk.ready and self._desk.now >= self._ready_at + WELL_S:
             self._futile = 0  # it went well for a while, commits or not
-        in_memory = self._desk.ready and self.graph.replicas > 1
         self._interrupt(reason)
-        self._lives_from = self._desk.epoch if in_memory else 0
+        if self.graph.replicas > 1:  # what VNodes have in memory is of the epoch that ends
+            self._agreement.lives_from = self._desk.epoch
         self._futile += 1
         if lost_wait_s := self._lost_wait_s:
             self._wait(self._reason, lost_wait_s)
@@ -520,7 +505,7 @@ class Conductor:
             self._noticed_at = desk.now
         self._reason = reason[:REASON_CHARS_MAX]
         self._move = None
-        self._lives_from = 0
+        self._agreement.lives_from = 0
         desk.ready = False
         desk.state = "recovering" if desk.placement else "placing"
         desk.note("recovering", reason=self._reason, epoch=desk.epoch)
@@ -541,16 +526,10 @@ class Conductor:
         if purpose not in self._plans:
             self._plans[purpose] = None
             barred = desk.hosts.barred(desk.now)
-            live = purpose is m.Purpose.PLACE and self._can_live
+            live = purpose is m.Purpose.PLACE and self._agreement.can_live
             desk.out.append(
                 m.MakePlan(purpose, dict(desk.placement), barred, probe, desk.followers, live)
             )
-
-    @property
-    def _can_live(self) -> bool:
-        """Whether it is worth asking to go on in memory: the next claim follows that epoch."""
-        in_memory = 0 < self._lives_from == self._desk.epoch == self.history.epoch
-        return in_memory and self._training.live_step > 0
 
     def _planned(self, event: m.Planned) -> None:
         desk = self._desk
@@ -573,22 +552,9 @@ class Conductor:
         elif not desk.well(event.placement):
             self._plan()  # somebody failed meanwhile
         else:
-            self._choose(event.placement, event.standbys)
-            self._live = event.live
+            self._agreement.choose(event.placement, event.standbys, live=event.live)
             self.phase = Phase.CLAIMING
             self._write()
-
-    def _choose(
-        self, placement: Mapping[str, str], standbys: Mapping[str, tuple[str, ...]]
-    ) -> None:
-        well = self._desk.hosts.well
-        left = {
-            vnode: tuple(peer for peer in peers if well(peer, self._desk.now))
-            for vnode, peers in standbys.items()
-        }
-        self._chosen = dict(placement)
-        self._following = {vnode: peers for vnode, peers in left.items() if peers}
-        self._live = False
 
     def _claim(self) -> None:
         desk = self._desk
@@ -606,8 +572,8 @@ class Conductor:
             desk.history,
             desk.key,
             desk.manifest,
-            placement=self._chosen,
-            standbys=self._following,
+            placement=self._agreement.placement,
+            standbys=self._agreement.standbys,
             keepers=desk.next_keepers,
             reason=self._reason,
             genesis=genesis,
@@ -646,28 +612,8 @@ class Conductor:
         slot = len(desk.history.entries)
         desk.note("claimed", epoch=desk.epoch, slot=slot, reason=self._reason)
         self._note_rollback()
-        # The commit that was on its way may have come as far as the last decided step.
-        live_step = self._training.live_step
-        self._live = self._live and live_step > 0 and desk.epoch == self._lives_from + 1
         self.phase = Phase.ALLOCATING
-        self._acceptances.clear()
-        self._absent.clear()
-        self._disagreed = ""
-        requests = allocate_requests(
-            desk.history,
-            desk.graph,
-            entry,
-            self._chosen,
-            self._following,
-            lease_s=LEASE_S,
-            step=desk.committed_step,
-            states=desk.states,
-            state_url=desk.charter.state_url,
-            live_step=live_step if self._live else 0,
-            norms=self._training.norms if self._live else (),
-        )
-        self._asked = dict.fromkeys(requests)
-        desk.out += [m.Allocate(host, request) for host, request in requests.items()]
+        self._agreement.ask(entry)
 
     def _note_rollback(self) -> None:
         desk = self._desk
@@ -679,66 +625,33 @@ class Conductor:
         desk.note("rolled_back", step=desk.committed_step, epoch=desk.epoch, reason=desk.lost.why)
         desk.lost.forget()
 
-    def _allocated(self, event: m.Allocated) -> None:
-        if event.epoch != self.epoch or event.host not in self._asked:
+    def _answered(self, event: m.Allocated | m.NotAllocated) -> None:
+        agreement = self._agreement
+        if not agreement.awaits(event.host, event.epoch):
             return
-        wanted = by_host(self._chosen).get(event.host, ())
-        try:
-            check_accepted(
-                self.network_id,
-                self.epoch,
-                event.host,
-                wanted,
-                event.acceptances,
-                self._following,
-            )
-        except RemoteError as error:
-            self._disagrees(event.host, str(error), 0)
-            return
-        self._acceptances += event.acceptances
-        self._answered(event.host)
-
-    def _disagrees(self, host: str, reason: str, code: int) -> None:
-        desk = self._desk
-        cannot_live = self._live and code == FAILED  # but from the cut it can
-        if code == STATE_LOST:
-            why = f"peer {short(host)}: {reason}"
-            desk.lost.said(desk.committed_step, self.epoch, why, desk.now)
-        elif code != BUSY and not cannot_live:  # busy is: in a moment
-            desk.hosts.shun(host, desk.now)
-        if host in self._chosen.values():
-            self._disagreed = self._disagreed or f"peer {short(host)} did not agree: {reason}"
+        if isinstance(event, m.Allocated):
+            was_last = agreement.accepted(event)
         else:
-            self._absent[host] = None  # it trains without them
-        desk.note("refused", host=host, epoch=self.epoch, reason=reason)
-        if code in LOOK_INTO_THE_LOG:
-            self._read_log()
-        self._answered(host)
+            was_last = agreement.refused(event.host, event.reason, event.code)
+            if event.code in LOOK_INTO_THE_LOG:
+                self._read_log()
+        if was_last:
+            self._all_answered()
 
-    def _answered(self, host: str) -> None:
-        del self._asked[host]
-        if self._asked:
-            return
-        if not self._disagreed:
+    def _all_answered(self) -> None:
+        if not self._agreement.why_not:
             self._placed()
             return
-        # Some may have agreed, and are not chosen again.
-        chosen = all_hosts(self._chosen, self._following)
-        self._desk.hosts.lost(chosen, self._desk.hosts_now)
-        self._lives_from = 0  # who has agreed goes on under an epoch that comes to nothing
+        self._agreement.fail()
         self._tries += 1  # each is an entry of the log
         wait_s = min(BACKOFF_S * 2 ** min(self._tries, 20), BACKOFF_MAX_S)
-        self._wait(self._disagreed, max(wait_s, self._lost_wait_s))
+        self._wait(self._agreement.why_not, max(wait_s, self._lost_wait_s))
 
     def _placed(self) -> None:
-        desk = self._desk
-        self._note_relocations()
-        agreed = dict.fromkeys(all_hosts(self._chosen, self._following))
-        desk.hosts.lost(desk.hosts_now, agreed)
-        desk.placement, desk.standbys = dict(self._chosen), dict(self._following)
-        desk.unfollowed.clear()
-        for host in self._absent:
-            desk.standby_gone(host, "it has not agreed to follow")
+        desk, agreement = self._desk, self._agreement
+        since = desk.now if self._noticed_at is None else self._noticed_at
+        self._relocations.note(desk, agreement.placement, self._reason, since)
+        agreement.settle()
         self.phase = Phase.READY
         desk.ready = True
         desk.state, desk.detail = "ready", self._setback
@@ -746,38 +659,11 @@ class Conductor:
         self._ready_at = desk.now
         self._improve_at = desk.now + IMPROVE_S
         self._keepers_at = None
-        desk.out.append(m.Publish(desk.epoch, tuple(self._acceptances), desk.history.keepers))
         self._watch.begin_epoch()
         desk.note("placed", epoch=desk.epoch, placement=dict(desk.placement))
-        self._training.begin_epoch(live=self._live)
+        self._training.begin_epoch(live=agreement.live)
         if self.phase is Phase.READY:
             self._serve_asks()
-
-    def _note_relocations(self) -> None:
-        desk = self._desk
-        since = desk.now if self._noticed_at is None else self._noticed_at
-        for vnode, host in sorted(self._chosen.items()):
-            before = desk.placement.get(vnode)
-            if before is None or before == host:
-                continue
-            moved = orchestrator_pb2.Relocation(
-                vnode=vnode,
-                from_host=before,
-                to_host=host,
-                epoch=desk.epoch,
-                reason=self._reason,
-                seconds=desk.now - since,
-            )
-            self._relocations.append(moved)
-            desk.note(
-                "relocated",
-                vnode=vnode,
-                from_host=before,
-                to_host=host,
-                epoch=desk.epoch,
-                reason=self._reason,
-            )
-        del self._relocations[:-RELOCATIONS_KEPT]
 
     # Moves in good order
 
@@ -828,7 +714,7 @@ class Conductor:
         if not self._desk.well(move.placement):
             self._recover(move.reason)
             return
-        self._choose(move.placement, move.standbys)
+        self._agreement.choose(move.placement, move.standbys)
         self._interrupt(move.reason)
         self.phase = Phase.CLAIMING
         self._write()
@@ -840,14 +726,9 @@ class Conductor:
         desk.alive.pop(event.peer_id, None)
         keep_latest(self._gone, event.peer_id, None, GONE_MAX)
         reason = f"peer {short(event.peer_id)} {event.why}"
-        if self.phase is Phase.ALLOCATING and event.peer_id in self._chosen.values():
-            desk.hosts.shun(event.peer_id, desk.now)
-            self._disagreed = self._disagreed or reason
-            if event.peer_id in self._asked:
-                self._answered(event.peer_id)
-        elif self.phase is Phase.ALLOCATING and event.peer_id in self._asked:
-            self._absent[event.peer_id] = None
-            self._answered(event.peer_id)
+        if self.phase is Phase.ALLOCATING:
+            if self._agreement.gone(event.peer_id, reason):
+                self._all_answered()
         elif event.peer_id in desk.placement.values():
             self._trouble(reason)
         if self.phase is Phase.READY:
@@ -947,7 +828,7 @@ class Conductor:
         desk.state = "closed" if code == CLOSED else "lost"
         desk.detail = reason
         self._resume_at = self._move = None
-        self._asked.clear()
+        self._agreement.forget()
         self._appending = self._sent = None
         self._training.end(STALE if code == DRAINING else code, reason)
         self._asks.refuse_all(code, reason)

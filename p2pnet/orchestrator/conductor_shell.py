@@ -256,6 +256,7 @@ class ConductedNetwork:
             step=effect.step,
             vnodes=effect.vnodes,
             copy_to=self._copy_to(effect, copies),
+            norms=effect.norms,
         )
         timeout_s = STORE_TIMEOUT_S + sum(sizes) * (1 + copies) / BYTES_A_SECOND
         host, epoch, step = effect.host, effect.epoch, effect.step

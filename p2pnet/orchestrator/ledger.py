@@ -304,9 +304,7 @@ class StepLedger:
         if self.clips:
             self.norms = (*self.norms, norm)[-self.norms_kept :]
         loss = reports[self.loss]
-        self.last = Decide(
-            step, loss.loss, loss.correct, loss.samples, norm if self.clips else 0.0
-        )
+        self.last = Decide(step, loss.loss, loss.correct, loss.samples, norm if self.clips else 0.0)
         return self.last
 
 

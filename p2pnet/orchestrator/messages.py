@@ -343,7 +343,8 @@ class Store:
     """Have a host store its VNodes' states after a step: `Stored` or `NotStored`.
 
     `first`: who should have copies before others do, since the VNodes move there;
-    `avoid`: who failed us lately, and is not to be waited for.
+    `avoid`: who failed us lately, and is not to be waited for. `norms`: of the last
+    decided steps, that of `step` last, where the network clips.
     """
 
     host: str
@@ -352,6 +353,7 @@ class Store:
     vnodes: tuple[str, ...]
     first: tuple[str, ...] = ()
     avoid: tuple[str, ...] = ()
+    norms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

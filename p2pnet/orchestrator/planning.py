@@ -63,9 +63,7 @@ class Planning:
         move = self._rebalancer.improve(hosts, request.current, now)
         if move is not None and not 0 < self._hosts_max < len({*move.placement.values()}):
             standbys = self._standbys(request, hosts, move.placement)
-            return Planned(
-                request.purpose, dict(move.placement), move.reason, standbys=standbys
-            )
+            return Planned(request.purpose, dict(move.placement), move.reason, standbys=standbys)
         there = dict.fromkeys(host.peer_id for host in hosts)
         if all(peer in there for peer in request.current.values()):
             standbys = self._standbys(request, hosts, request.current)

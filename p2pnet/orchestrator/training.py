@@ -349,9 +349,9 @@ class Training:
 
     def _begin_cut(self, step: int, result: Decide | None) -> None:
         desk = self._desk
+        barred, norms = desk.hosts.barred(desk.now), self._ledger.norms
         for host, vnodes in self._cuts.begin(desk.placement, desk.epoch, step, result).items():
-            barred = desk.hosts.barred(desk.now)
-            desk.out.append(m.Store(host, desk.epoch, step, vnodes, self._going_to, barred))
+            desk.out.append(m.Store(host, desk.epoch, step, vnodes, self._going_to, barred, norms))
 
     def _stored(self, event: m.Stored) -> None:
         if not self._desk.ready:

@@ -248,6 +248,7 @@ class ConductorRun(Driver[m.Event, m.Effect]):
             step=store.step,
             vnodes=store.vnodes,
             copy_to=copies,
+            norms=store.norms,
         )
 
         def stored(reply: vnode_pb2.SaveReply | None) -> None:

@@ -71,6 +71,7 @@ class Villain:
             self._graph,
             claim,
             history.placement,
+            history.standbys,
             lease_s=_LEASE_S,
             step=0,
             states={},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -43,6 +44,7 @@ CHUNK_BYTES = 512 << 10  # measured best between 256 KiB and 1 MiB
 BLOB_BYTES_MAX = 4 << 30
 BLOBS_BYTES_MAX = 64 << 30  # on this disk, and in a shared directory
 TRANSFER_TIMEOUT_S = 20.0
+SAY_AGAIN_S = 600.0
 
 # (network id, caller, its claim) -> why it is not believed to orchestrate that network, or None.
 Vouch = Callable[[str, str, common_pb2.Signed], Awaitable[common_pb2.Refusal | None]]
@@ -61,6 +63,7 @@ class BlobKeeper:
         self._store = store
         self._swarm = swarm
         self.vouch: Vouch | None = None
+        self._say_again_at = -math.inf
         store.tidy()
         # The disk knows the wall clock, and all else goes by the node's.
         ago_s = clock.wall_ms() / 1000 - swarm.now()
@@ -101,7 +104,7 @@ class BlobKeeper:
             await self._keep(network_id, data, digest)
             ref.holders.append(self._swarm.keypair.peer_id)
         except ResourceError as error:  # copies elsewhere are as good
-            logger.warning("a state could not be kept here: %s", error)
+            self._say_not_kept(error)
             full = error
 
         async def copy(peer_id: str) -> None:
@@ -163,7 +166,7 @@ class BlobKeeper:
             try:
                 await self._keep(network_id, data, ref.digest)
             except ResourceError as error:  # a full disk does not stop the VNode
-                logger.warning("a state could not be kept: %s", error)
+                self._say_not_kept(error)
             return data
         if unsure:
             raise UnreachableError(
@@ -205,6 +208,15 @@ class BlobKeeper:
             else:
                 self._ages.put(network_id, digest, self._swarm.now())
                 return
+
+    def _say_not_kept(self, error: ResourceError) -> None:
+        """Aloud at times, and not for each state that there is no room for."""
+        now = self._swarm.now()
+        aloud = now >= self._say_again_at
+        if aloud:
+            self._say_again_at = now + SAY_AGAIN_S
+        level = logging.WARNING if aloud else logging.INFO
+        logger.log(level, "a state could not be kept here: %s", error)
 
     async def _put(
         self, chunks: AsyncIterator[vnode_pb2.BlobChunk], caller: Caller

@@ -34,6 +34,7 @@ from p2pnet.vnode.rules import Shapes
 from p2pnet.vnode.rules import show as show
 
 INPUTS_MAX = 64
+_LISTED_MAX = 8
 TIED_HOME = "Embedding"  # whose weight a tied node shares
 LOCAL_HEAD = "LocalHead"  # a block's own loss: it takes "y" as the network's loss does
 
@@ -334,7 +335,7 @@ COMPONENTS: dict[str, Component] = {
     LOCAL_HEAD: Component(
         keys=(
             choice("loss", "CrossEntropyLoss", "MSELoss"),
-            choice("over", "all", "last", "space"),
+            choice("over", "all", "last", "picture"),
             whole("in_features"),
             whole("out_features"),
             whole("hidden", 0, default=0),
@@ -402,7 +403,11 @@ def find_optimizer(name: str) -> OptimizerType:
 
 def _nearest(name: str, names: Iterable[str]) -> str:
     by_lower = {known.lower(): known for known in names}
-    near = difflib.get_close_matches(name[:64].lower(), list(by_lower), n=3, cutoff=0.5)
+    wanted = name[:64].lower()
+    near = difflib.get_close_matches(wanted, list(by_lower), n=3, cutoff=0.5)
     if near:
+        near = [wanted] if wanted in by_lower else near
         return f"did you mean {' or '.join(by_lower[lower] for lower in near)}?"
+    if len(by_lower) > _LISTED_MAX:
+        return f"docs/models.md lists the {len(by_lower)} that there are"
     return f"there are {', '.join(by_lower.values())}"

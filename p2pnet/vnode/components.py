@@ -144,7 +144,7 @@ class Component:
         with self._inputs_fit(inputs), self._evaluating():
             here = [tensor.to(self._device) for tensor in inputs]
             output = self._compute(here, entry, cache)
-        return output.to(_CPU)
+        return _sent(output)
 
     def new_cache(self) -> Cache | None:
         """For a sequence that will come in parts; None if the component needs none."""
@@ -185,7 +185,7 @@ class Component:
             else:
                 output, metrics = self._compute(leaves, entry), None
         self._passes[key] = _Pass(leaves, output, list(self._params.values()))
-        return output.detach().to(_CPU), metrics
+        return _sent(output.detach()), metrics
 
     def backward(
         self, key: Hashable, gradients: Sequence[Tensor], weight: float = 1.0
@@ -219,7 +219,7 @@ class Component:
             with self._memory():
                 found = list(torch.autograd.grad(output, targets, total.to(self._device)))
         del self._passes[key]
-        rest = iter(tensor.to(_CPU) for tensor in found)
+        rest = iter([_sent(tensor) for tensor in found])
         inputs = [next(rest) if leaf.requires_grad else None for leaf in done.leaves]
         return inputs, list(rest)
 
@@ -471,6 +471,11 @@ def clip_scale(norm: float, clip_norm: float) -> float:
     """What gradients are multiplied by: torch.nn.utils.clip_grad_norm_'s, in float32 as there."""
     total = torch.tensor(norm, dtype=torch.float32)
     return float(torch.clamp(clip_norm / (total + 1e-6), max=1.0))
+
+
+def _sent(tensor: Tensor) -> Tensor:
+    """As it is where it arrives: in row-major order, on which what is computed may depend."""
+    return tensor.to(_CPU).contiguous()
 
 
 def _is_count(value: float) -> bool:

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from p2pnet.errors import P2PNetError, RemoteError
-from p2pnet.keys import sha256, short
+from p2pnet.keys import short
 from p2pnet.net.hop_frames import Buffer
 from p2pnet.swarm import Swarm
 from p2pnet.v1 import common_pb2, vnode_pb2
@@ -77,12 +77,12 @@ class Courier:
         from p2pnet.vnode.tensors import AUTO, RAW, encode, probe
 
         if codec == AUTO:
-            there = net.locations.get(net.graph.home(node), "")
-            if self._chooser.wants_sample(there, node, array.nbytes):
+            there, edge = net.locations.get(net.graph.home(node), ""), f"{net.network_id} {node}"
+            if self._chooser.wants_sample(there, edge, array.nbytes):
                 began = self._swarm.now()
                 size_bytes, left = probe(array.reshape(-1))
-                self._chooser.sampled(node, size_bytes, left, self._swarm.now() - began)
-            packs = self._chooser.compresses(there, node, array.nbytes)
+                self._chooser.sampled(edge, size_bytes, left, self._swarm.now() - began)
+            packs = self._chooser.compresses(there, edge, array.nbytes)
             codec = common_pb2.CODEC_ZSTD if packs else RAW
         if codec == RAW or array.nbytes < PACKED_BYTES_MIN:
             return encode(array, codec)
@@ -94,8 +94,8 @@ class Courier:
         """Delivers `request` to its node; `here` does so if that turns out to live on this host.
 
         A forward pass follows its VNode into a newer epoch, and `request` then says that
-        epoch; a training step ends with the epoch that it belongs to. A forward pass may also
-        go to a VNode's standby; all parts of one, and of one session, to the same.
+        epoch; a training step ends with the epoch that it belongs to. A forward pass goes
+        through the replica that it names, and nowhere else.
 
         Raises:
             HopFailed: it could not be delivered.
@@ -109,33 +109,23 @@ class Courier:
     ) -> None:
         vnode = net.graph.home(request.vnode)
         epoch = net.epoch
-        candidates = _candidates(net, vnode, request)
-        there = candidates.pop(0) if candidates else ""
+        there = _known_host(net, vnode, request)
         loop = asyncio.get_running_loop()
         tries, busy_until, pause_s = 0, loop.time() + BUSY_LIMIT_S, _BUSY_PAUSE_S
         while tries < _TRIES:
             if not there:
                 there, found = await self.locate(net, vnode, epoch)
                 epoch = _follow(request, net, found)
-            try:
-                refusal = await self._deliver(there, request, payload, here)
-            except HopFailed:
-                if not candidates:
-                    raise
-                there = candidates.pop(0)
-                continue
+            refusal = await self._deliver(there, request, payload, here)
             if refusal is None:
                 return
             if refusal.code == common_pb2.REFUSAL_CODE_BUSY and loop.time() < busy_until:
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _BUSY_PAUSE_S_MAX)
                 continue
-            if refusal.code not in _ELSEWHERE:
-                raise HopFailed(there, refusal.detail)
+            if refusal.code not in _ELSEWHERE or there in net.standbys.get(vnode, ()):
+                raise HopFailed(there, refusal.detail)  # who asks tries another replica
             tries += 1
-            if candidates and refusal.epoch <= epoch:
-                there = candidates.pop(0)
-                continue
             net.locations.pop(vnode, None)
             there = ""
             if refusal.epoch > epoch:
@@ -219,20 +209,15 @@ class Courier:
         return None
 
 
-def _candidates(net: HostedNetwork, vnode: str, request: Hop) -> list[str]:
-    """Who has a VNode, as far as it is known, best first.
-
-    Of a forward pass everybody has to choose alike, for its parts meet there: by rendezvous
-    hashing (Thaler and Ravishankar, 1998) of its id, or of its session's.
-    """
-    primary = net.locations.get(vnode, "")
-    if not primary:
-        return []
-    if not isinstance(request, vnode_pb2.ForwardRequest):
-        return [primary]
-    key = request.session or request.request_id
-    hosts = (primary, *net.standbys.get(vnode, ()))
-    return sorted(hosts, key=lambda host: sha256(key + host.encode()))
+def _known_host(net: HostedNetwork, vnode: str, request: Hop) -> str:
+    """Who has a VNode, as far as it is known; of the replica that a forward pass goes through."""
+    replica = request.replica if isinstance(request, vnode_pb2.ForwardRequest) else 0
+    if not replica:
+        return net.locations.get(vnode, "")
+    standbys = net.standbys.get(vnode, ())
+    if replica > len(standbys):
+        raise HopFailed("", f"{vnode} has no standby number {replica}")
+    return standbys[replica - 1]
 
 
 def _follow(request: Hop, net: HostedNetwork, epoch: int) -> int:

@@ -32,6 +32,7 @@ from p2pnet.vnode.executor import ComputeThread
 from p2pnet.vnode.faults import Faults
 from p2pnet.vnode.hosted import Hosted
 from p2pnet.vnode.messages import (
+    ActivationArrived,
     ApplyDone,
     Arrival,
     BackwardDone,
@@ -121,6 +122,7 @@ class Crew:
         self._snapshots: dict[int, dict[str, bytes]] = {}
         self._loading = asyncio.Lock()
         self._lost_state = False  # the one that a VNode begins with is nowhere to be had
+        self._culprit = self.vnodes[0]  # whose computation failed
         self._closed = False
         self._tasks = TaskSet(f"network {net.graph.name}")
         self._tasks.spawn(self._work())
@@ -173,20 +175,27 @@ class Crew:
         Raises:
             MalformedError: bytes that are no tensor, or no training message.
         """
-        event = head_of(request)
-        if self._core.wants(event):
-            found = arrival_of(self._net.graph, event, request, payload)
-            if isinstance(found, common_pb2.Refusal):
-                return found
-            event = found
-        return await self.take_when_room(event)
+        head = head_of(request)
 
-    async def take_when_room(self, event: Arrival) -> common_pb2.Refusal | None:
-        """As `take`, but patient with a step that is not begun yet."""
+        def once() -> common_pb2.Refusal | None:
+            event = head
+            if self._core.wants(head):
+                found = arrival_of(self._net.graph, head, request, payload)
+                if isinstance(found, common_pb2.Refusal):
+                    return found
+                event = found
+            return self.take(event)  # and says why, if that is a mistake
+
+        return await self._when_room(once)
+
+    async def _when_room(
+        self, take: Callable[[], common_pb2.Refusal | None]
+    ) -> common_pb2.Refusal | None:
+        """What `take` answers; patient where that is for now that there is no room."""
         deadline = asyncio.get_running_loop().time() + ROOM_S
         while True:
             room = self._room
-            answer = self.take(event)
+            answer = take()
             if answer is None or answer.code != common_pb2.REFUSAL_CODE_BUSY or self._closed:
                 return answer
             try:
@@ -263,7 +272,7 @@ class Crew:
     def _failed(self, effect: Effect, reason: str, *, bad_input: bool) -> None:
         reason = clip(reason)
         if not bad_input:
-            self.errors |= {vnode: reason for vnode in self.vnodes if vnode not in self.errors}
+            self.errors.setdefault(self._whose(effect), reason)
         if isinstance(effect, RunSave):
             done = self._saves.get(effect.step)
             if done is not None and not done.done():
@@ -271,6 +280,7 @@ class Crew:
             return
         micro_batch = getattr(effect, "micro_batch", 0)
         step = getattr(effect, "step", 0)
+        self._culprit = self._whose(effect)
         self.take(ComputeFailed(step, micro_batch, reason, bad_input))
         self._made_room()
 
@@ -307,6 +317,8 @@ class Crew:
                 done = self._saves.get(step)
                 if done is not None and not done.done():
                     done.set_result(states)
+                # Nothing may follow for long, and forward passes go through standbys, too.
+                self._tasks.spawn(self._tell_standbys())
             case SendActivations():
                 self._tasks.spawn(self._send_activations(effect))
             case SendGradients():
@@ -314,11 +326,19 @@ class Crew:
             case Report():
                 self._tasks.spawn(self._report(effect))
             case Trouble():
-                self._tasks.spawn(
-                    self._trouble(effect.step, "", effect.reason, bad_input=effect.bad_input)
+                told = self._trouble(
+                    effect.step, self._culprit, effect.reason, bad_input=effect.bad_input
                 )
+                self._tasks.spawn(told)
             case Refuse():
                 pass  # given to whoever sent the message
+
+    def _whose(self, effect: Effect) -> str:
+        """The VNode that a failure is put down to: the first of the stage, or of all."""
+        stage = getattr(effect, "stage", None)
+        if stage is None:
+            return self.vnodes[0]
+        return self._net.graph.home(self._hosted.stages[stage].nodes[0])
 
     def _made_room(self) -> None:
         room, self._room = self._room, asyncio.Event()
@@ -354,7 +374,7 @@ class Crew:
         if self._net.graph.home(to) in self.vnodes:
             answer = await self._locally(event)
             if answer is not None:
-                await self._trouble(event.step, "", f"{to}: {answer.detail}", bad_input=False)
+                await self._trouble(event.step, self._sender(event), f"{to}: {answer.detail}")
             return answer is None
         courier, tensor = self._around.courier, array_of(event.payload)
         codec = codec_of(self._net.graph.codec_of(ref))
@@ -365,13 +385,18 @@ class Crew:
         except EpochOver:
             return False
         except HopFailed as error:
-            await self._trouble(event.step, error.host, f"{to}: {error}", bad_input=False)
+            sender = self._sender(event)
+            await self._trouble(event.step, sender, f"{to}: {error}", host=error.host)
             return False
         return True
 
+    def _sender(self, event: Arrival) -> str:
+        own = event.source if isinstance(event, ActivationArrived) else event.consumer
+        return self._net.graph.home(own)
+
     async def _locally(self, event: Arrival) -> common_pb2.Refusal | None:
         while True:
-            answer = await self.take_when_room(event)
+            answer = await self._when_room(lambda: self.take(event))
             if answer is None or answer.code != common_pb2.REFUSAL_CODE_BUSY or self._closed:
                 return answer
 
@@ -420,7 +445,24 @@ class Crew:
         missing = await asyncio.gather(*(follow(*pair) for pair in pairs))
         return sorted({vnode for vnode in missing if vnode})
 
-    async def _trouble(self, step: int, host: str, reason: str, *, bad_input: bool) -> None:
+    async def _tell_standbys(self) -> None:
+        """What is decided, which they hear otherwise when they are sent the next step."""
+        step, norms = self._core.decision()
+        request = vnode_pb2.DecidedRequest(
+            network_id=self._net.network_id, epoch=self._net.epoch, step=step, norms=norms
+        )
+        standbys = {
+            standby for vnode in self.vnodes for standby in self._net.standbys.get(vnode, ())
+        }
+        for standby in sorted(standbys):
+            try:
+                await self._around.swarm.hop(standby, request, None, timeout_s=FOLLOW_TIMEOUT_S)
+            except P2PNetError as error:
+                logger.info("a standby did not hear what is decided: %s", error)
+
+    async def _trouble(
+        self, step: int, vnode: str, reason: str, *, host: str = "", bad_input: bool = False
+    ) -> None:
         trouble = orchestrator_pb2.Trouble(
             host=host,
             reason=clip(reason),
@@ -428,7 +470,7 @@ class Crew:
             state_lost=self._lost_state,
         )
         await self._tell(
-            orchestrator_pb2.ReportRequest(id=self._id(step), vnode=self.vnodes[0], trouble=trouble)
+            orchestrator_pb2.ReportRequest(id=self._id(step), vnode=vnode, trouble=trouble)
         )
 
     async def _tell(self, report: orchestrator_pb2.ReportRequest) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from p2pnet.swarm import Swarm
 from p2pnet.v1 import common_pb2, vnode_pb2
+from p2pnet.vnode.codecs import packed_bytes
 from p2pnet.vnode.courier import Courier
 from p2pnet.vnode.crew import Adopt, Crew, Surroundings
 from p2pnet.vnode.edges import bytes_max, tensor_ref
@@ -20,7 +21,7 @@ from p2pnet.vnode.tensors import Buffer
 
 # The state that a VNode begins with; None: it is initialised from the seed.
 FetchState = Callable[[HostedNetwork, str], Awaitable[bytes | None]]
-SMALL_BYTES = 64 << 10  # beside a tensor: what a codec adds to it
+HEADER_BYTES = 64 << 10  # of a safetensors file
 
 
 class Engine:
@@ -43,7 +44,7 @@ class Engine:
         ],
     ) -> None:
         courier = Courier(swarm)
-        self.inference = Inference(compute, courier, forward)
+        self.inference = Inference(swarm.keypair.peer_id, compute, courier, forward)
         self._around = Surroundings(swarm, compute, courier, faults, fetch)
 
     def begin(
@@ -67,7 +68,11 @@ def payload_bytes_max(
 ) -> int:
     """The most bytes that can come with a request; KeyError if it names what there is not."""
     if isinstance(request, vnode_pb2.FollowRequest):
-        return graph.node(request.vnode).state_bytes + SMALL_BYTES
+        return graph.node(request.vnode).state_bytes + HEADER_BYTES
     if isinstance(request, vnode_pb2.TrainRequest):
-        return bytes_max(graph, tensor_ref(request)) + SMALL_BYTES
-    return bytes_max(graph, request.source) + SMALL_BYTES if request.source else 0
+        ref = tensor_ref(request)
+    elif request.source:
+        ref = request.source
+    else:
+        return 0  # why there is no tensor
+    return packed_bytes(bytes_max(graph, ref), request.tensor.codec)

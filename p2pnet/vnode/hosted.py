@@ -261,7 +261,10 @@ class Hosted:
                 else:
                     leaving[op.node, slot] = gradient
             if params:
-                self._holding(step, op.vnode).add(micro_batch, op.entry, params)
+                held = self._holding(step, op.vnode)
+                held.add(micro_batch, op.entry, params)
+                if held.folded == self.graph.micro_batches:
+                    self._check_held(component, held, step)
         wanted = [edge for edge in shape.inputs if edge.wants_gradient]
         for edge in wanted:
             if not _finite(leaving[edge.node, edge.slot]):
@@ -382,6 +385,13 @@ class Hosted:
             if not _finite(tensor):
                 raise MalformedError(_no_number(f"the input {edge.source} of {edge.node}", step))
         return found
+
+    def _check_held(self, component: Component, held: _Held, step: int) -> None:
+        """All that is sent may be finite, and a weight's gradient still overflow."""
+        for name, gradient in zip(component.params, held.total or (), strict=True):
+            if not _finite(gradient):
+                what = f"the gradient of {component.vnode}'s {name}"
+                raise MalformedError(_no_number(what, step))
 
     def _check_numbers(self, stage: Stage, values: Mapping[str, Tensor], step: int) -> None:
         """Names the first VNode whose output has NaN or infinity, if what leaves has."""

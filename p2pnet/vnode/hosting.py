@@ -184,24 +184,28 @@ class Hosting:
             return _beginning()
         return present.net, present.crew
 
-    def find_crew(self, network_id: str, epoch: int) -> Found:
-        """As `find`, for a call that is for all VNodes of a network here."""
+    def find_present(self, network_id: str, epoch: int) -> Present | common_pb2.Refusal:
+        """All that runs of a network here, for a call that is for all of it."""
         present = self._present.get(network_id)
-        crew = None if present is None else present.crew
-        return self.find(network_id, epoch, "" if crew is None else crew.vnodes[0])
+        parts = () if present is None else (present.crew, present.following)
+        vnodes = [vnode for part in parts if part is not None for vnode in part.vnodes]
+        if no := self._refuse(network_id, epoch, vnodes[0] if vnodes else "", following=True):
+            return no
+        return _beginning() if present is None or present.net.epoch != epoch else present
 
-    def find_answering(self, network_id: str, epoch: int, node: str) -> Answering:
+    def find_answering(
+        self, network_id: str, epoch: int, node: str, *, standby: bool = False
+    ) -> Answering:
         """As `find`, or the standby of that node: who answers forward passes."""
-        if no := self._refuse(network_id, epoch, node, following=True):
+        if no := self._refuse(network_id, epoch, node, following=standby):
             return no
         present = self._present.get(network_id)
         if present is None or present.net.epoch != epoch:
             return _beginning()
-        home = present.net.graph.home(node)
-        for part in (present.crew, present.following):
-            if part is not None and home in part.vnodes:
-                return present.net, part
-        return _beginning()
+        part = present.following if standby else present.crew
+        if part is None or present.net.graph.home(node) not in part.vnodes:
+            return _beginning()
+        return present.net, part
 
     def find_following(
         self, network_id: str, epoch: int, vnode: str

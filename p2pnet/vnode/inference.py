@@ -13,21 +13,21 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from p2pnet.bounded import keep_latest
 from p2pnet.core import Tick
-from p2pnet.errors import MalformedError, P2PNetError, ResourceError, SpecError
+from p2pnet.errors import MalformedError, P2PNetError, ResourceError
 from p2pnet.tasks import TaskSet
 from p2pnet.v1 import common_pb2, vnode_pb2
 from p2pnet.vnode import tensors
 from p2pnet.vnode.codecs import codec_of
 from p2pnet.vnode.courier import Courier, EpochOver, HopFailed
-from p2pnet.vnode.edges import misfit
 from p2pnet.vnode.executor import ComputeThread
+from p2pnet.vnode.forwards import answering, head_of, wanted
 from p2pnet.vnode.gathering import Effect, Event, Freed, Gathering, GiveUp, InputArrived, Part, Run
-from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.network import HostedNetwork, clip, refusal
 from p2pnet.vnode.outputs import Outputs
 from p2pnet.vnode.sessions import Sessions
-from p2pnet.vnode.stages import Stage
+from p2pnet.vnode.stages import Stage, inference_stages_of
 from p2pnet.vnode.tensors import Array, Buffer
 from p2pnet.vnode.together import No, Result, do_continue, do_run
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ID_BYTES_MAX = 64
+NETWORKS_MAX = 64
 LOADING_MAX = 16  # runs that wait for VNodes to be made
 REPLY_S = 0.5  # what is left of a caller's patience to tell it so
 
@@ -62,10 +62,12 @@ class Inference:
     """The forward passes under way on this host. Lives on the gRPC thread.
 
     Args:
+        me: this host's peer id.
         deliver: hands a request to a VNode on this same host.
     """
 
-    def __init__(self, compute: ComputeThread, courier: Courier, deliver: Deliver) -> None:
+    def __init__(self, me: str, compute: ComputeThread, courier: Courier, deliver: Deliver) -> None:
+        self._me = me
         self._compute = compute
         self._courier = courier
         self._deliver = deliver
@@ -73,6 +75,7 @@ class Inference:
         self._sessions = Sessions()
         self._outputs = Outputs()
         self._loading = 0
+        self._standing_in: dict[tuple[str, int, int], tuple[Stage, ...]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._tasks = TaskSet("forward passes")
 
@@ -97,7 +100,7 @@ class Inference:
         """
         if no := self.take(net, crew, request, payload):
             return vnode_pb2.HopReply(refusal=no), None
-        if request.collect and _answering(net.graph, crew.inference_stages) is not None:
+        if request.collect and answering(net.graph, crew.inference_stages):
             return await self.collect(net, request.request_id, timeout_s)
         return vnode_pb2.HopReply(), None
 
@@ -130,47 +133,32 @@ class Inference:
         Raises:
             MalformedError: bytes that are no tensor.
         """
-        if max(len(request.request_id), len(request.session)) > ID_BYTES_MAX:
-            return refusal(common_pb2.REFUSAL_CODE_BAD_REQUEST, "an id is 16 bytes")
         if request.failed:
             if request.vnode == net.graph.output:
                 key = (net.network_id, request.request_id)
                 kind = MalformedError if request.bad_input else ResourceError
                 self._outputs.fail(key, kind(clip(request.failed)))
             return None
-        found = _place_of(crew.inference_stages, request)
-        if found is None:
-            return refusal(
-                common_pb2.REFUSAL_CODE_BAD_REQUEST,
-                f"{request.source} is not input {request.slot} of {request.vnode}, or it lives "
-                f"on the same host",
-            )
-        stage, place = found
-        tokens = _tokens(request)
-        try:
-            graph = net.graph if tokens == 0 else _part_graph(net.graph, request, tokens)
-        except SpecError as error:
-            return refusal(common_pb2.REFUSAL_CODE_BAD_REQUEST, str(error))
-        if no := misfit(graph, request.source, request.vnode, request.tensor):
-            return no
-        bytes_max = net.graph.batch_max * graph.tensor(request.source).size_bytes
-        tensor = tensors.decode(request.tensor, payload, bytes_max=bytes_max)
+        head = head_of(net.graph, self._stages(net, crew, request.replica), request)
+        if isinstance(head, common_pb2.Refusal):
+            return head
+        tensor = tensors.decode(request.tensor, payload, bytes_max=head.bytes_max)
         where = _Pass(
             net,
             crew,
-            stage,
+            head.stage,
             request.request_id,
             request.session,
             request.position,
-            tokens,
+            head.tokens,
             request.replica,
         )
         self._handle(
             InputArrived(
-                stage=(net.network_id, net.epoch, request.replica, stage.nodes[0]),
+                stage=(net.network_id, net.epoch, request.replica, head.stage.nodes[0]),
                 request=request.request_id,
-                place=place,
-                places=len(stage.inputs),
+                place=head.place,
+                places=len(head.stage.inputs),
                 samples=len(tensor),
                 size_bytes=tensor.nbytes,
                 tensor=tensor,
@@ -180,6 +168,21 @@ class Inference:
             )
         )
         return None
+
+    def _stages(self, net: HostedNetwork, crew: Crew | Following, replica: int) -> Sequence[Stage]:
+        """What a pass goes through here: the VNodes, or those whose r-th standby this is."""
+        if replica == 0 or net.graph.replicas <= 2:
+            return crew.inference_stages
+        key = (net.network_id, net.epoch, replica)
+        if key not in self._standing_in:
+            here = [
+                vnode
+                for vnode in crew.vnodes
+                if net.standbys.get(vnode, ())[replica - 1 : replica] == (self._me,)
+            ]
+            found = inference_stages_of(net.graph, here)
+            keep_latest(self._standing_in, key, found, NETWORKS_MAX)
+        return self._standing_in[key]
 
     # The core
 
@@ -241,18 +244,18 @@ class Inference:
             self._loading -= 1
 
     async def _compute_all(self, run: Run, first: _Pass) -> list[Result]:
-        hosted, wanted = first.crew.hosted, _wanted(first)
+        hosted, nodes = first.crew.hosted, wanted(first.net.graph, first.stage)
         if hosted is None:
             raise ResourceError("the VNodes were let go")
         if not first.session:
-            return await self._compute.run(do_run, hosted, first.stage, wanted, run.parts)
+            return await self._compute.run(do_run, hosted, first.stage, nodes, run.parts)
         now = asyncio.get_running_loop().time
         key = (run.stage, first.session)
         session = self._sessions.take(key, first.position, now())
         if session is None:
             raise ResourceError(f"the session is not here any more at token {first.position}")
         results = await self._compute.run(
-            do_continue, hosted, first.stage, wanted, run.parts, session
+            do_continue, hosted, first.stage, nodes, run.parts, session
         )
         session.tokens = first.position + first.tokens
         self._sessions.put(key, session, now())
@@ -310,55 +313,6 @@ class Inference:
                 self._fail(done, No(f"{hop.vnode} cannot be reached: {error}"))
 
 
-# --- small things -------------------------------------------------------------
-
-
 def _pass_of(item: Part | GiveUp) -> _Pass:
     assert isinstance(item.where, _Pass)
     return item.where
-
-
-def _place_of(
-    stages: Sequence[Stage], request: vnode_pb2.ForwardRequest
-) -> tuple[Stage, int] | None:
-    """The stage that an input is for, and which of its inputs it is."""
-    for stage in stages:
-        for place, edge in enumerate(stage.inputs):
-            if (edge.node, edge.slot, edge.source) == (request.vnode, request.slot, request.source):
-                return stage, place
-    return None
-
-
-def _answering(graph: CompiledGraph, stages: Sequence[Stage]) -> Stage | None:
-    """The stage that makes the network's output, if it is here."""
-    return next((stage for stage in stages if graph.output in stage.nodes), None)
-
-
-def _wanted(at: _Pass) -> tuple[str, ...]:
-    """The nodes of a stage whose outputs somebody takes."""
-    found = dict.fromkeys(edge.node for edge in at.stage.outputs)
-    if at.net.graph.output in at.stage.nodes:
-        found[at.net.graph.output] = None
-    return tuple(found)
-
-
-def _tokens(request: vnode_pb2.ForwardRequest) -> int:
-    """How many tokens a part of a session has; they come after the samples. 0: no session."""
-    if not request.session:
-        return 0
-    if len(request.tensor.shape) < 2 or not 0 < request.tensor.shape[1] <= 1 << 20:
-        raise MalformedError("a part of a session has samples first, and then tokens")
-    return int(request.tensor.shape[1])
-
-
-def _part_graph(
-    graph: CompiledGraph, request: vnode_pb2.ForwardRequest, tokens: int
-) -> CompiledGraph:
-    """The graph for so many tokens; raises SpecError where the network cannot take them."""
-    longest = max(spec.shape[0] if spec.shape else 0 for spec in graph.inputs.values())
-    if request.position + tokens > longest:
-        raise SpecError(
-            f"network {graph.name} takes sequences of {longest} tokens, not of "
-            f"{request.position + tokens}"
-        )
-    return graph.at_length(tokens)

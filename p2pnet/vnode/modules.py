@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from p2pnet.vnode.catalogue import LOCAL_HEAD
+from p2pnet.vnode.rules import HEAD_POOL
 
 
 @dataclass(slots=True)
@@ -247,7 +248,7 @@ class ClassLoss(nn.CrossEntropyLoss):
         return super().forward(prediction, target)
 
 
-class LocalHead(nn.Sequential):
+class LocalHead(nn.Module):
     """Layers over what a block gives, and a loss of their prediction (`vnode.local`)."""
 
     def __init__(
@@ -260,24 +261,26 @@ class LocalHead(nn.Sequential):
         label_smoothing: float,
         class_dim: int,
     ) -> None:
-        layers: list[nn.Module] = [nn.Linear(in_features, hidden or out_features)]
-        if hidden:
-            layers += [nn.ReLU(), nn.Linear(hidden, out_features)]
-        super().__init__(*layers)
+        super().__init__()
         self.over = over
+        self.norm = nn.LayerNorm(in_features)
+        self.hidden = nn.Linear(in_features, hidden) if hidden else None
+        self.out = nn.Linear(hidden or in_features, out_features)
         self.loss: nn.Module = nn.MSELoss()
         if loss == "CrossEntropyLoss":
             self.loss = ClassLoss("mean", label_smoothing, class_dim)
 
     def predict(self, x: Tensor, target: Tensor) -> Tensor:
         """The prediction, in the target's shape if that is no class."""
-        if self.over == "all":
+        if self.over == "picture":
+            height, width = (min(HEAD_POOL, side) for side in x.shape[2:])
+            x = F.adaptive_avg_pool2d(x, (height, width))
+        if self.over != "last":
             x = x.flatten(1)
-        elif self.over == "space":
-            x = x.flatten(2).mean(2) if x.ndim > 2 else x
-        for name, layer in self._modules.items():
-            if name != "loss" and layer is not None:
-                x = layer(x)
+        x = self.norm(x)
+        if self.hidden is not None:
+            x = F.relu(self.hidden(x))
+        x = self.out(x)
         return x.view(target.shape) if target.is_floating_point() else x
 
 

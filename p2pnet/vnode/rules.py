@@ -393,13 +393,20 @@ def mean_shape(config: Config, inputs: Shapes) -> Shape:
 # --- a block's head -----------------------------------------------------------
 
 
+HEAD_POOL = 2  # a picture is pooled to so many by so many, at most
+
+
 def head_features(config: Config, given: Shape) -> Shape:
     """What a head's layers take of a sample."""
     if config["over"] == "all":
         return (math.prod(given),)
+    if config["over"] == "picture":
+        if len(given) != 3:
+            raise DoesNotFit("channels of a height and a width")
+        return (given[0] * min(HEAD_POOL, given[1]) * min(HEAD_POOL, given[2]),)
     if not given:
         raise DoesNotFit("more than a single number a sample")
-    return given if config["over"] == "last" else given[:1]
+    return given
 
 
 def head_shape(config: Config, inputs: Shapes) -> Shape:
@@ -419,12 +426,12 @@ def head_shape(config: Config, inputs: Shapes) -> Shape:
 
 def head_params(config: Config) -> dict[str, Shape]:
     n_in, n_out = as_int(config["in_features"]), as_int(config["out_features"])
+    norm: dict[str, Shape] = {"norm.weight": (n_in,), "norm.bias": (n_in,)}
+    inner: dict[str, Shape] = {}
     if hidden := as_int(config["hidden"]):
-        return {
-            "0.weight": (hidden, n_in), "0.bias": (hidden,),
-            "2.weight": (n_out, hidden), "2.bias": (n_out,),
-        }  # fmt: skip
-    return {"0.weight": (n_out, n_in), "0.bias": (n_out,)}
+        inner = {"hidden.weight": (hidden, n_in), "hidden.bias": (hidden,)}
+    last: dict[str, Shape] = {"out.weight": (n_out, hidden or n_in), "out.bias": (n_out,)}
+    return {**norm, **inner, **last}
 
 
 def head_flops(config: Config, inputs: Shapes, output: Shape) -> int:

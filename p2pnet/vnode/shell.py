@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from p2pnet.dht.keyspace import vnode_key
 from p2pnet.dht.manifest import open_manifest
 from p2pnet.dht.service import Serves, anything
-from p2pnet.errors import P2PNetError, RefusedError
+from p2pnet.errors import P2PNetError, RefusedError, ResourceError
 from p2pnet.keys import ACCEPTANCE
 from p2pnet.log.entry import HOLDERS_MAX
 from p2pnet.net.handlers import Caller, Method, unary
@@ -27,7 +27,7 @@ from p2pnet.vnode.admission import Limits
 from p2pnet.vnode.blobs import BLOB_BYTES_MAX, BlobKeeper
 from p2pnet.vnode.executor import ComputeThread
 from p2pnet.vnode.faults import Faults
-from p2pnet.vnode.hops_shell import HopsServer
+from p2pnet.vnode.hops_server_shell import HopsServer
 from p2pnet.vnode.hosting import Hosting, Usage
 from p2pnet.vnode.network import HostedNetwork, refusal
 
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 WARM_AFTER_S = 1.0
 READY_KEPT_S = 300.0  # states that were fetched for VNodes which may come
 READYING_MAX = 4  # callers at once for whom states are fetched
-PAYLOAD_UNKNOWN_BYTES = 1 << 20  # of a network that is not here
+PAYLOAD_UNKNOWN_BYTES = 64 << 20  # of a network that is not here, or not yet
 
 
 class Host:
@@ -233,8 +233,10 @@ class Host:
                     self._tasks.spawn(self._release(request.network_id, fetched))
             await self._compute.warm()
         except P2PNetError as error:
+            lost = getattr(error, "code", 0) == common_pb2.REFUSAL_CODE_STATE_LOST
+            code = common_pb2.REFUSAL_CODE_STATE_LOST if lost else common_pb2.REFUSAL_CODE_FAILED
             detail = f"this peer could not get ready: {error}"
-            return pnode_pb2.ReadyReply(refusal=refusal(common_pb2.REFUSAL_CODE_FAILED, detail))
+            return pnode_pb2.ReadyReply(refusal=refusal(code, detail))
         finally:
             self._readying -= 1
         return pnode_pb2.ReadyReply()
@@ -249,7 +251,7 @@ class Host:
             case vnode_pb2.TrainRequest():
                 no = await self._train(request, payload)
             case vnode_pb2.DecidedRequest():
-                no = self._decided(request)
+                no = await self._decided(request)
             case vnode_pb2.FollowRequest():
                 no = await self._follow(request, payload)
             case _:
@@ -283,11 +285,13 @@ class Host:
             return await self._hosted.point(network_id, request.vnode, found)
         return await found[1].hear(request, payload)
 
-    def _decided(self, request: vnode_pb2.DecidedRequest) -> common_pb2.Refusal | None:
-        found = self._hosted.find_crew(request.network_id, request.epoch)
+    async def _decided(self, request: vnode_pb2.DecidedRequest) -> common_pb2.Refusal | None:
+        found = self._hosted.find_present(request.network_id, request.epoch)
         if isinstance(found, common_pb2.Refusal):
             return found
-        return found[1].decided(request.step, request.norms)
+        if found.following is not None:
+            await found.following.decided(request.step, request.norms)
+        return None if found.crew is None else found.crew.decided(request.step, request.norms)
 
     async def _follow(
         self, request: vnode_pb2.FollowRequest, payload: Buffer | None
@@ -304,7 +308,8 @@ class Host:
         caller: Caller,
     ) -> tuple[vnode_pb2.HopReply, Buffer | None]:
         network_id, vnode = request.network_id, request.vnode
-        found = self._hosted.find_answering(network_id, request.epoch, vnode)
+        replica = request.replica > 0
+        found = self._hosted.find_answering(network_id, request.epoch, vnode, standby=replica)
         if isinstance(found, common_pb2.Refusal):
             return vnode_pb2.HopReply(
                 refusal=await self._hosted.point(network_id, vnode, found)
@@ -319,7 +324,9 @@ class Host:
         self, request: vnode_pb2.ForwardRequest, payload: Buffer | None
     ) -> common_pb2.Refusal | None:
         """From a VNode on this host to another."""
-        found = self._hosted.find_answering(request.network_id, request.epoch, request.vnode)
+        found = self._hosted.find_answering(
+            request.network_id, request.epoch, request.vnode, standby=request.replica > 0
+        )
         if isinstance(found, common_pb2.Refusal):
             return found
         return self._tensors().inference.take(*found, request, payload)
@@ -337,8 +344,8 @@ class Host:
         if isinstance(found, common_pb2.Refusal):
             return vnode_pb2.SaveReply(refusal=found)
         net, crew = found
-        if sorted(request.vnodes) != sorted(crew.vnodes):
-            detail = "this peer hosts other VNodes than it is asked to store"
+        if any(vnode not in crew.vnodes for vnode in request.vnodes):
+            detail = "this peer is asked to store VNodes that it does not host"
             return vnode_pb2.SaveReply(refusal=refusal(common_pb2.REFUSAL_CODE_BAD_REQUEST, detail))
 
         async def one(vnode: str, state: bytes) -> common_pb2.BlobRef:
@@ -348,14 +355,18 @@ class Host:
 
         try:
             states = await crew.save(request.step, request.norms)
-            refs = await asyncio.gather(*(one(*item) for item in states.items()))
+            asked = dict.fromkeys(request.vnodes)
+            refs = await asyncio.gather(*(one(vnode, states[vnode]) for vnode in asked))
         except RefusedError as error:
             answer = refusal(common_pb2.RefusalCode.Name(error.code), str(error), epoch=error.epoch)
+            return vnode_pb2.SaveReply(refusal=answer)
+        except ResourceError as error:
+            answer = refusal(common_pb2.REFUSAL_CODE_NO_MEMORY, str(error))
             return vnode_pb2.SaveReply(refusal=answer)
         except (P2PNetError, TimeoutError) as error:
             detail = str(error) or "the state was not saved in time"
             return vnode_pb2.SaveReply(refusal=refusal(common_pb2.REFUSAL_CODE_FAILED, detail))
-        return vnode_pb2.SaveReply(states=dict(zip(states, refs, strict=True)))
+        return vnode_pb2.SaveReply(states=dict(zip(asked, refs, strict=True)))
 
     async def _load(self, request: vnode_pb2.LoadRequest, caller: Caller) -> vnode_pb2.LoadReply:
         """Makes the components now, rather than at first use."""

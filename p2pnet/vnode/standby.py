@@ -96,6 +96,13 @@ class Following:
                 return refusal(common_pb2.REFUSAL_CODE_FAILED, f"{request.vnode}: {why}")
         return None
 
+    async def decided(self, step: int, norms: Sequence[float]) -> None:
+        """Applies what is held up to a step, which is decided."""
+        await self.ready()
+        for vnode in self.vnodes:
+            async with self._turns[vnode]:
+                await self._apply(vnode, step, norms)
+
     async def give(self, vnode: str, step: int, norms: Sequence[float]) -> Component:
         """A component with the state after `step`, which is decided; it is not ours any more.
 

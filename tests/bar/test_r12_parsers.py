@@ -16,6 +16,7 @@ import resource
 from typing import Any
 
 import pytest
+from fuzz.hop_parsers import HOP_PARSERS
 from fuzz.huge import HUGE, judge_huge
 from fuzz.judge import judge
 from fuzz.log_parsers import LOG_PARSERS
@@ -24,7 +25,7 @@ from fuzz.parsers import Parser
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-PARSERS = (*NET_PARSERS, *LOG_PARSERS)
+PARSERS = (*NET_PARSERS, *LOG_PARSERS, *HOP_PARSERS)
 FRAMES = 200  # of one seed
 AS_WRITTEN = 10  # times as many
 KEPT_BYTES_MAX = 48 << 20  # by all the caches behind one parser
@@ -105,6 +106,8 @@ MUTANTS = {
     "p2pnet.log.stored.DecodeError": "entry in a store",
     "p2pnet.vnode.admission.RemoteError": "allocation",
     "p2pnet.causality.MalformedError": "timestamp",
+    "p2pnet.net.hop_frames.DecodeError": "hop at a host",
+    "p2pnet.vnode.codecs.zstandard.ZstdError": "tensor",
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from small_network import small_graph
 
-from p2pnet.client.aio import AsyncNetwork
+from p2pnet.client.network import AsyncNetwork
 from p2pnet.client.api import Client, Network
 from p2pnet.client.epochs import Given
 from p2pnet.client.events import StepResult

@@ -18,6 +18,7 @@ from virtual_time import play
 
 from p2pnet.client.generate import generate
 from p2pnet.client.networks import NetworkInfo
+from p2pnet.client.passes import Passes
 from p2pnet.client.sampling import pick
 from p2pnet.data.text import decode, encode
 from p2pnet.errors import UsageError
@@ -34,7 +35,7 @@ async def submit(swarm: MemorySwarm, **terms: Any) -> tuple[MemorySession, Netwo
 
 
 async def greedy(session: MemorySession, network: NetworkInfo, tokens: int) -> str:
-    pieces = generate(session, network, GRAPH, PROMPT, tokens=tokens, temperature=0)
+    pieces = generate(Passes(session, network, GRAPH), PROMPT, tokens=tokens, temperature=0)
     return "".join([piece async for piece in pieces])
 
 
@@ -120,7 +121,7 @@ def test_the_seed_decides(tmp_path: Path) -> None:
             session, network = await submit(swarm)
 
             async def text(seed: int) -> str:
-                pieces = generate(session, network, GRAPH, PROMPT, tokens=8, seed=seed)
+                pieces = generate(Passes(session, network, GRAPH), PROMPT, tokens=8, seed=seed)
                 return "".join([piece async for piece in pieces])
 
             first, again, other = [await text(seed) for seed in (1, 1, 2)]
@@ -135,7 +136,7 @@ def test_what_is_no_language_model_is_named(tmp_path: Path) -> None:
             session = MemorySession(swarm)
             network = await submit_small(session, swarm["a"].peer_id)
             with pytest.raises(UsageError, match="small is no language model"):
-                await anext(generate(session, network, small_graph(), PROMPT))
+                await anext(generate(Passes(session, network, small_graph()), PROMPT))
 
     play(main())
 
@@ -148,7 +149,7 @@ def test_numbers_that_cannot_be_are_refused(tmp_path: Path, wrong: dict[str, Any
         async with MemorySwarm(tmp_path, "a") as swarm:
             session, network = await submit(swarm)
             with pytest.raises(UsageError, match=r"temperature|tokens"):
-                await anext(generate(session, network, GRAPH, PROMPT, **wrong))
+                await anext(generate(Passes(session, network, GRAPH), PROMPT, **wrong))
 
     play(main())
 

@@ -16,6 +16,7 @@ from virtual_time import InlineCompute, play
 
 from p2pnet.client import inference as client
 from p2pnet.client.inference import Chunk, Missing
+from p2pnet.client.passes import Passes
 from p2pnet.errors import UnreachableError, UsageError
 from p2pnet.vnode.hosted import Hosted
 from p2pnet.vnode.tensors import Array
@@ -38,7 +39,7 @@ def test_chunks_come_in_order_and_no_faster_than_they_are_taken(tmp_path: Path) 
             network = await submit(session, swarm["a"].peer_id)
             x = samples(256 * 9 + 7)
             found, first = [], 0
-            async for item in client.infer(session, network, GRAPH, {"x": x}):
+            async for item in client.infer(Passes(session, network, GRAPH), {"x": x}):
                 assert isinstance(item, Chunk)
                 assert item.first == first
                 first += len(item.output)
@@ -74,20 +75,24 @@ def test_clients_that_ask_at_once_are_computed_together(
         async with MemorySwarm(tmp_path, "a") as swarm:
             session = MemorySession(swarm)
             network = await submit(session, swarm["a"].peer_id)
-            await client.infer_all(session, network, GRAPH, {"x": samples(1)})  # it is made now
+            await client.infer_all(
+                Passes(session, network, GRAPH), {"x": samples(1)}
+            )  # it is made now
             monkeypatch.setattr(Hosted, "do_infer", counted)
             monkeypatch.setattr(InlineCompute, "run", slow)
             given = [samples(3, seed=n) for n in range(16)]
             outcomes = await asyncio.gather(
                 *(
-                    client.infer_all(MemorySession(swarm, f"c{n}"), network, GRAPH, {"x": x})
+                    client.infer_all(
+                        Passes(MemorySession(swarm, f"c{n}"), network, GRAPH), {"x": x}
+                    )
                     for n, x in enumerate(given)
                 )
             )
             for x, outcome in zip(given, outcomes, strict=True):
                 assert is_right(outcome.output, x)
-            assert sum(sizes) == 2 * 48
-            assert len(sizes) <= 4, "16 requests for two stages, in a few runs"
+            assert sum(sizes) == 48
+            assert len(sizes) <= 3, "16 requests in a few runs"
 
     play(main())
 
@@ -101,7 +106,7 @@ def test_one_bad_sample_costs_one_row(tmp_path: Path) -> None:
             x[300, 2] = np.inf
             x[599, 0] = np.nan
             began = swarm.loop.time()
-            outcome = await client.infer_all(session, network, GRAPH, {"x": x})
+            outcome = await client.infer_all(Passes(session, network, GRAPH), {"x": x})
             assert swarm.loop.time() - began < 5, "what can never be is not tried for a minute"
             assert [(it.first, it.last) for it in outcome.missing] == [(300, 300), (599, 599)]
             assert "NaN or infinity" in outcome.missing[0].reason
@@ -127,7 +132,7 @@ def test_what_is_missing_is_said_with_where_and_why(tmp_path: Path) -> None:
                     raise UnreachableError("a tree fell on the line")
 
             swarm.before.append(hook)
-            async for item in client.infer(session, network, GRAPH, {"x": samples(2048)}):
+            async for item in client.infer(Passes(session, network, GRAPH), {"x": samples(2048)}):
                 items.append(item)
             assert lost
             done = [item for item in items if isinstance(item, Chunk)]
@@ -149,6 +154,8 @@ def test_inputs_need_as_many_samples(tmp_path: Path) -> None:
             session = MemorySession(swarm)
             network = await submit(session, swarm["a"].peer_id)
             with pytest.raises(UsageError, match="no input 'z'"):
-                await client.infer_all(session, network, GRAPH, {"x": samples(3), "z": samples(4)})
+                await client.infer_all(
+                    Passes(session, network, GRAPH), {"x": samples(3), "z": samples(4)}
+                )
 
     play(main())

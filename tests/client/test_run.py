@@ -424,3 +424,109 @@ def test_what_is_held_for_want_of_a_commit_is_bounded(
             assert not run.recoveries
 
     play(main())
+
+
+async def ahead(run: TrainingRun, steps: int) -> list[Any]:
+    """Steps that are handed in as fast as there is room, and their results."""
+    given = []
+    for step in range(1, steps + 1):
+        x, y = fed(step)
+        given.append(await run.give(x, y))
+    return [await result for result in given]
+
+
+async def digest_of_run(session: MemorySession, network: NetworkInfo, run: TrainingRun) -> str:
+    done = await run.finish()
+    return model_digest(await fetch_weights(session, network, done.states))
+
+
+def test_the_next_batch_is_out_before_a_step_is_decided(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abcd") as swarm:
+            session, network = await started(swarm)
+            run = TrainingRun(session, network)
+            most = 0
+
+            def watch(letter: Letter) -> None:
+                nonlocal most
+                if letter.method == "VNode/Train" and letter.request.source == "x":
+                    most = max(most, letter.request.id.step - len(swarm.emitted("decided")))
+
+            swarm.before.append(watch)
+            results = await ahead(run, STEPS)
+            assert most == small_graph().window == 2
+            assert [it.step for it in results] == list(range(1, STEPS + 1))
+            assert await digest_of_run(session, network, run) == plain(STEPS)[0]
+
+    play(main())
+
+
+def test_hosts_hear_of_a_decision_also_where_no_batch_follows(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abcd") as swarm:
+            session, network = await started(swarm, cut_every=1000)
+            run = TrainingRun(session, network)
+            await run.step(*fed(1))
+            await asyncio.sleep(1)
+            where = {it.vnode: it.host for it in (await session.status(network)).locations}
+            told = [it for it in swarm.letters if it.method == "VNode/Decided"]
+            assert {it.to for it in told} == {where[node] for node in ("fc1", "skip", "loss")}
+            assert {it.request.step for it in told} == {1}
+            await run.close()
+
+    play(main())
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "micro-batches": {"micro_batches": 3},
+    "clipping": {"clip_norm": 0.5, "micro_batches": 2},
+    "zstd": {"codec": "zstd"},
+    "fp16": {"codec": "fp16", "micro_batches": 2},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
+def test_a_death_changes_no_bit_whatever_the_settings(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    async def trained(path: Path, kill: bool) -> str:
+        async with MemorySwarm(path, "abcde") as swarm:
+            session, network = await started(swarm, **settings)
+            run = TrainingRun(session, network)
+            running = asyncio.ensure_future(ahead(run, STEPS))
+            await swarm.until(lambda: len(swarm.emitted("decided")) == 5)
+            if kill:
+                where = {it.vnode: it.host for it in (await session.status(network)).locations}
+                swarm.kill(where["fc2"])
+            assert [it.step for it in await running] == list(range(1, STEPS + 1))
+            assert bool(run.recoveries) == kill
+            return await digest_of_run(session, network, run)
+
+    calm = play(trained(tmp_path / "calm", False))
+    assert play(trained(tmp_path / "not calm", True)) == calm
+
+
+def test_with_standbys_nothing_is_fed_again_after_a_death(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abcdef") as swarm:
+            session, network = await started(swarm, cut_every=1000, replicas=2)
+            run = TrainingRun(session, network)
+            running = asyncio.ensure_future(ahead(run, STEPS))
+            await swarm.until(lambda: len(swarm.emitted("decided")) == 5)
+            rows = (await session.status(network)).locations
+            where = {it.vnode: it.host for it in rows if not it.standby}
+            a = swarm["a"].peer_id
+            swarm.kill(next(where[node] for node in ("fc1", "skip", "loss") if where[node] != a))
+            results = await running
+            assert all(it.known for it in results)
+            again = [
+                it.request.id.step
+                for it in swarm.letters
+                if it.method == "VNode/Train" and it.request.source in ("x", "y")
+                if it.request.id.epoch > 1
+            ]
+            assert min(again) > 5 - small_graph().window + 1
+            assert run.recoveries
+            assert await digest_of_run(session, network, run) == plain(STEPS)[0]
+
+    play(main())

@@ -14,7 +14,7 @@ from digits import DIGITS, digits_batches, plainly_trained
 from swarm import COMMAND, LOOPBACK, Node, Swarm, until
 
 import p2pnet
-from p2pnet.errors import P2PNetError, RolledBackError, UsageError
+from p2pnet.errors import RolledBackError, UsageError
 from p2pnet.vnode.state import model_digest
 from p2pnet.vnode.tensors import Array
 
@@ -76,8 +76,7 @@ def test_on_full_disks_steps_go_on_and_count_when_there_is_room(alone: Swarm) ->
     alone.wait_until_all_see_all()
     network = nodes[0].client.submit({**SPEC, "name": "crowded"})
     batches = digits_batches(STEPS)
-    for x, y in batches[: 2 * CUT_EVERY + 1]:
-        network.train_step(x, y)
+    _train(network, batches[: 2 * CUT_EVERY + 1])
     status = until(
         lambda: next(iter([s for s in [network.status()] if s.state == "uncommitted"]), None),
         60,
@@ -89,8 +88,7 @@ def test_on_full_disks_steps_go_on_and_count_when_there_is_room(alone: Swarm) ->
     assert "No space left on device" in status.detail
     for node in nodes:
         make_room(node)
-    for x, y in batches[2 * CUT_EVERY + 1 :]:
-        network.train_step(x, y)
+    _train(network, batches[2 * CUT_EVERY + 1 :])
     network.finish()
     assert network.status().committed_step == STEPS
     assert network.status().state == "ready"
@@ -104,70 +102,34 @@ def test_a_committed_state_that_is_cut_off_everywhere_takes_the_network_one_comm
     shared = alone.directory / "shared"
     options = ("--state", f"file://{shared}") if where == "a directory" else ()
     nodes = alone.grow(4, *options)
-    network = nodes[0].client.submit({**SPEC, "name": "spoiled"})
-    batches = digits_batches(STEPS)
-    last, before = 2 * CUT_EVERY, CUT_EVERY
-    for x, y in batches[:last]:
-        network.train_step(x, y)
-    network.finish()
-    assert network.status().committed_step == last
-
-    victim = _host_of(alone, network, "fc1")
-    files = _files_of(alone, shared, network, "fc1")
-    assert files
-    for file in files:
-        file.write_bytes(file.read_bytes()[:-1])
-    witness = next(node for node in nodes if node is not victim)
-    events = witness.events()
-    victim.kill()
-    survivor = witness.client.network("spoiled")
-    until(
-        lambda: _status(survivor) == (before, "ready"),
-        120,
-        f"it is back at step {before}, and ready",
-    )
-    events.next("rolled_back", 60)
-    for x, y in batches[before:]:
-        survivor.train_step(x, y)
-    survivor.finish()
-    assert survivor.status().committed_step == STEPS
-    assert survivor.digest() == plain_digest(STEPS)
-
-
-def test_a_run_whose_last_commit_is_lost_is_told_where_to_go_on(alone: Swarm) -> None:
-    shared = alone.directory / "shared"
-    nodes = alone.grow(4, "--state", f"file://{shared}")
     submitted = nodes[0].client.submit({**SPEC, "name": "spoiled"})
     victim = _host_of(alone, submitted, "fc1")
-    network = next(node for node in nodes if node is not victim).client.network("spoiled")
+    witness = next(node for node in nodes if node is not victim)
+    network = witness.client.network("spoiled")
     batches = digits_batches(STEPS)
     last, before = 2 * CUT_EVERY, CUT_EVERY
-    for x, y in batches[: last + 1]:
-        network.train_step(x, y)
+    _train(network, batches[: last + 1])
     until(lambda: network.status().committed_step == last, 60, "the last cut is committed")
-    for file in _files_of(alone, shared, network, "fc1"):
-        file.write_bytes(b"")
+
+    files = _files_of(alone, shared, network, "fc1")
+    assert len(files) == (1 if where == "a directory" else 3)  # the host's, and two copies
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-1])
     victim.kill()
-    with pytest.raises(RolledBackError, match="feed it again from batch 4") as gone:
+    with pytest.raises(RolledBackError, match=f"feed it again from batch {before + 1}") as gone:
         _train(network, batches[last + 1 :])
     assert gone.value.step == before + 1
-    for x, y in batches[before:]:
-        network.train_step(x, y)
+    said = "".join(node.process.err for node in nodes)
+    assert "was spoiled on disk and is deleted" in said
+    _train(network, batches[before:])
     network.finish()
+    assert network.status().committed_step == STEPS
     assert network.digest() == plain_digest(STEPS)
 
 
 def _train(network: p2pnet.Network, batches: list[tuple[Array, Array]]) -> None:
     for x, y in batches:
         network.train_step(x, y)
-
-
-def _status(network: p2pnet.Network) -> tuple[int, str] | None:
-    try:
-        status = network.status()
-    except P2PNetError:
-        return None
-    return status.committed_step, status.state
 
 
 def _host_of(swarm: Swarm, network: p2pnet.Network, vnode: str) -> Node:
@@ -187,8 +149,7 @@ def _files_of(swarm: Swarm, shared: Path, network: p2pnet.Network, vnode: str) -
 def test_numbers_that_are_none_are_refused_by_name_in_a_real_swarm(calm: Swarm) -> None:
     network = calm.nodes[0].client.submit({**DIGITS, "name": "numbers"})
     batches = digits_batches(5)
-    for x, y in batches[:2]:
-        network.train_step(x, y)
+    _train(network, batches[:2])
     x, y = batches[2]
     bad = x.copy()
     bad[3, 7] = np.nan
@@ -197,7 +158,6 @@ def test_numbers_that_are_none_are_refused_by_name_in_a_real_swarm(calm: Swarm) 
         match=r"network numbers: the input x of (fc1|skip) has NaN or infinity in step 3",
     ):
         network.train_step(bad, y)
-    for x, y in batches[2:]:
-        network.train_step(x, y)
+    _train(network, batches[2:])
     network.finish()
     assert network.digest() == plain_digest(5)

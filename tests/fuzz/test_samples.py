@@ -6,13 +6,14 @@ from random import Random
 
 import pytest
 import trio
-from fuzz import log_parsers, parsers
+from fuzz import hop_parsers, log_parsers, parsers
+from fuzz.hop_parsers import HOP_PARSERS
 from fuzz.log_parsers import LOG_PARSERS
 from fuzz.mutations import bytes_of, fields_of, mutated, scrambled
 from fuzz.parsers import PARSERS as NET_PARSERS
 from fuzz.parsers import Parser
 
-PARSERS = (*NET_PARSERS, *LOG_PARSERS)
+PARSERS = (*NET_PARSERS, *LOG_PARSERS, *HOP_PARSERS)
 GOOD: dict[str, tuple[bytes, ...]] = {
     "kad-dht message": parsers.KAD,
     "batch of requests": (parsers.BATCH,),
@@ -38,6 +39,9 @@ GOOD: dict[str, tuple[bytes, ...]] = {
     "compiled graph": (log_parsers.GRAPH.to_json(),),
     "service": (log_parsers.GOOD_SERVICE,),
     "timestamp": (b"019ab5dd7e33-0002",),
+    "hop at a host": hop_parsers.TO_A_HOST[:2],
+    "hop at a caller": hop_parsers.TO_A_CALLER[:1],
+    "tensor": hop_parsers.PACKED,
     "entry in a store": (parsers.written(log_parsers.ENTRIES[0]),),
     "standing on disk": (log_parsers.STANDING,),
     "stream that a peer opens": parsers.OPENINGS,

@@ -129,9 +129,9 @@ LIES: dict[str, Callable[[str], list[common_pb2.Signed]]] = {
 @pytest.mark.parametrize("lie", LIES)
 def test_a_host_that_signs_something_else_is_not_taken_at_its_word(lie: str) -> None:
     b = keypair_of("b").peer_id
-    check_accepted(NETWORK, 1, b, ["fc1"], signed_by("b")(b))
+    check_accepted(NETWORK, 1, b, ["fc1"], signed_by("b")(b), {})
     with pytest.raises(RemoteError):
-        check_accepted(NETWORK, 1, b, ["fc1"], LIES[lie](b))
+        check_accepted(NETWORK, 1, b, ["fc1"], LIES[lie](b), {})
 
 
 @pytest.mark.parametrize("lie", LIES)

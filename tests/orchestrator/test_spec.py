@@ -60,6 +60,29 @@ def test_nodes_and_the_loss_may_be_in_groups() -> None:
     ]  # fmt: skip
 
 
+def test_settings_are_read() -> None:
+    graph = load_spec(digits(micro_batches=4, batch_max=64, clip_norm=1, staleness=2, codec="zstd"))
+    assert (graph.micro_batches, graph.batch_max, graph.clip_norm, graph.staleness) == (
+        4,
+        64,
+        1.0,
+        2,
+    )
+    assert (graph.codec, graph.replicas, load_spec(digits(replicas=3)).replicas) == ("zstd", 1, 3)
+
+
+def test_local_learning_adds_heads() -> None:
+    graph = load_spec(digits(learning="local"))
+    assert [node.id for node in graph.nodes] == [
+        "fc1", "act1", "act1.head", "fc2", "skip", "skip.head", "out",
+    ]  # fmt: skip
+    assert "hidden" not in load_spec(digits(learning="local")).node("skip.head").param_shapes
+    assert (
+        "hidden.weight"
+        in load_spec(digits(learning="local", head="mlp")).node("skip.head").param_shapes
+    )
+
+
 def test_loading_does_not_change_what_was_given() -> None:
     spec = digits()
     before = copy.deepcopy(spec)
@@ -97,7 +120,7 @@ WRONG: list[tuple[str, Any, str]] = [
         "skip: Add expects inputs of the same shape, but fc2 gives [32] and x gives [64]",
     ),
     ("type", nodes((0, {"type": "Linaer"})), "fc1 has the unknown type 'Linaer': did you mean Linear"),
-    ("far type", nodes((0, {"type": "Conv9"})), "fc1 has the unknown type 'Conv9': there are Linear"),
+    ("far type", nodes((0, {"type": "Zyx9"})), "fc1 has the unknown type 'Zyx9': docs/models.md lists the 3"),
     ("loss type", digits(loss={"id": "l", "type": "HingeLoss"}), "l has the unknown loss type"),
     ("optimizer", digits(optimizer={"type": "adam"}), "unknown type 'adam': did you mean Adam?"),
     (
@@ -133,10 +156,15 @@ WRONG: list[tuple[str, Any, str]] = [
     ("config list", nodes((0, {"config": [1]})), "node fc1.config: expected a mapping, not [1]"),
     ("id number", nodes((0, {"id": 7})), "node number 1.id: expected text, not 7"),
     ("seed", digits(seed="one"), "seed: expected a whole number, not 'one'"),
-    ("seed range", digits(seed=-1), "seed is a whole number of 0 to"),
-    ("local", digits(learning="local"), "local is not there yet, write learning: chain"),
-    ("rule", digits(learning="magic"), "learning is chain, not 'magic'"),
-    ("micro-batches", digits(micro_batches=4), "micro_batches is 1 for now, not 4"),
+    ("seed range", digits(seed=-1), "seed is a whole number, 0 to"),
+    ("rule", digits(learning="magic"), "learning is chain or local, not 'magic'"),
+    ("head", digits(head="linear"), "head is for learning: local"),
+    ("head kind", digits(learning="local", head="deep"), "head is linear or mlp, not 'deep'"),
+    ("clip in local", digits(learning="local", clip_norm=1), "clip_norm needs learning: chain"),
+    ("micro-batches", digits(micro_batches=65), "micro_batches is a whole number, 1 to 64, not 65"),
+    ("clip", digits(clip_norm="big"), "clip_norm: expected a number, not 'big'"),
+    ("empty tied", nodes((1, {"tied": ""})), "act1 has an empty tied: name it"),
+    ("node codec", nodes((1, {"codec": "zip"})), "the codec of act1 is auto, raw, zstd, fp16, int8, not 'zip'"),
     ("cut", digits(cut_every=0), "cut_every is a number of steps"),
     ("no nodes", digits(nodes=[]), "nodes: must not be empty"),
     ("no inputs", digits(inputs={}), "inputs: must not be empty"),

@@ -7,15 +7,22 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from small_network import small_graph
-from test_conductor_core import A, B, C, D, KEYS, One
+from memory_wire import keypair_of
+from small_network import SMALL, small_graph
+from test_conductor_core import KEYS, A, B, C, D, One
 
+from p2pnet.dht.manifest import network_id_of
+from p2pnet.keys import ACCEPTANCE, LOG_ENTRY, MANIFEST
+from p2pnet.log.history import History
 from p2pnet.orchestrator import messages as m
 from p2pnet.orchestrator.conductor import IMPROVE_S, Conductor, Phase
 from p2pnet.orchestrator.costs import HostView
+from p2pnet.orchestrator.lost_states import APART_S, LostStates
 from p2pnet.orchestrator.planning import Planning
 from p2pnet.orchestrator.standbys import choose, left_of, promote
-from p2pnet.v1 import common_pb2, orchestrator_pb2, pnode_pb2
+from p2pnet.orchestrator.training import CUT_RETRY_S
+from p2pnet.v1 import common_pb2, log_pb2, orchestrator_pb2, pnode_pb2, records_pb2
+from p2pnet.vnode.graph import CompiledGraph
 
 GRAPH = small_graph(replicas=2, clip_norm=1.0, cut_every=10)
 VNODES = GRAPH.vnodes()
@@ -75,8 +82,6 @@ def test_a_whole_group_is_promoted_to_one_host_or_not_at_all() -> None:
 
 
 def _nodes() -> list[dict[str, Any]]:
-    from small_network import SMALL
-
     return [dict(node) for node in SMALL["nodes"]]
 
 
@@ -86,31 +91,32 @@ def _nodes() -> list[dict[str, Any]]:
 class Swarm(One):
     """`One` with the shipped planning, hosts that follow, and a feeder."""
 
-    def __init__(self, hosts: Sequence[str] = (A, B, C), **fields: Any) -> None:
+    def __init__(
+        self, hosts: Sequence[str] = (A, B, C), graph: CompiledGraph = GRAPH, **fields: Any
+    ) -> None:
         super().__init__(hosts, **fields)
-        self.manifest = self._manifest()
-        history = self.core.history.__class__(_network_of(self.manifest))
-        self.core = Conductor(KEYS[A], history, self.manifest, GRAPH)
-        self.planning = Planning(GRAPH)
+        self.manifest = self._manifest(graph)
+        history = History(network_id_of(self.manifest))
+        self.core = Conductor(KEYS[A], history, self.manifest, graph)
+        self.planning = Planning(graph)
+        self.vnodes = graph.vnodes()
         self.cannot_live: dict[str, None] = {}
         self.follows_not: dict[str, None] = {}
         self.lost_step = -1  # of which nobody finds the states
-        self.stores = True
+        self.stores, self.full = True, False
+        self.decided_instead: common_pb2.Signed | None = (
+            None  # what the next slot turns out to have
+        )
         self.busy: dict[str, int] = {}  # with so many VNodes of others
 
-    def _manifest(self) -> common_pb2.Signed:
-        from p2pnet.keys import MANIFEST
-        from p2pnet.v1 import records_pb2
-
+    def _manifest(self, graph: CompiledGraph) -> common_pb2.Signed:
         body = records_pb2.Manifest.FromString(self.manifest.payload)
-        body.spec_digest = GRAPH.digest
-        from memory_wire import keypair_of
-
+        body.spec_digest = graph.digest
         return keypair_of("owner").sign(MANIFEST, body.SerializeToString(deterministic=True))
 
     def answer(self, effect: m.Effect) -> m.Event | None:
         match effect:
-            case m.MakePlan(purpose, _, exclude, probe):
+            case m.MakePlan(_, _, exclude, probe):
                 absent = tuple(peer for peer in probe if peer not in self.hosts)
                 usable = [
                     replace(host(peer), vnodes=self.busy.get(peer, 0))
@@ -141,14 +147,17 @@ class Swarm(One):
                     if row.standby and row.host == peer and peer not in self.follows_not
                 ]
                 return m.Beaten(peer, request.epoch, tuple(rows))
+            case m.Append() if self.decided_instead is not None:
+                entry, self.decided_instead = self.decided_instead, None
+                return m.Appended(_said_otherwise(entry))
+            case m.Store(peer, epoch, step) if self.full:
+                code = common_pb2.REFUSAL_CODE_NO_MEMORY
+                return m.NotStored(peer, epoch, step, "no room on its disk", code)
             case m.Store() if not self.stores:
                 return None
         return super().answer(effect)
 
     def agree(self, host: str, request: Any) -> list[common_pb2.Signed]:
-        from p2pnet.keys import ACCEPTANCE
-        from p2pnet.v1 import records_pb2
-
         following: dict[str, list[str]] = {}
         for row in request.locations:
             if row.standby:
@@ -206,10 +215,11 @@ class Swarm(One):
         ]
 
 
-def _network_of(signed: common_pb2.Signed) -> str:
-    from p2pnet.dht.manifest import network_id_of
-
-    return network_id_of(signed)
+def _said_otherwise(signed: common_pb2.Signed) -> common_pb2.Signed:
+    """A claim of the same epoch by the same orchestrator, which is not the same entry."""
+    entry = log_pb2.LogEntry.FromString(signed.payload)
+    entry.claim.reason = "another time"
+    return KEYS[A].sign(LOG_ENTRY, entry.SerializeToString(deterministic=True))
 
 
 def trained(steps: int = 5, **said: Any) -> Swarm:
@@ -368,6 +378,40 @@ def test_a_feeder_that_comes_meanwhile_waits_until_what_it_did_not_hear_is_safe(
     assert (ready.step, ready.live_step) == (5, 0)
 
 
+def test_a_feeder_that_comes_before_all_have_agreed_waits_likewise() -> None:
+    swarm = trained(5)
+    swarm.log_answers = False
+    swarm.dies(primary(swarm))
+    swarm.feed(m.FeederLeft(FEEDER), m.FeederCame(2, D))
+    swarm.log_answers = True
+    swarm.run(swarm.now + 30.0)
+    assert 5 in [it.request.live_step for it in swarm.said(m.Allocate)]
+    ready = swarm.told("ready")
+    assert [(it.step, it.live_step) for it in ready] == [(0, 0), (5, 0)]
+
+
+def test_whoever_fed_all_the_time_is_told_each_result_once() -> None:
+    swarm = trained(12)
+    assert swarm.core.committed_step == 10
+    swarm.dies(primary(swarm))
+    assert swarm.told("ready")[-1].live_step == 12
+    assert [decided.step for decided in swarm.told("decided")] == [*range(1, 13)]
+
+
+def test_a_claim_of_ours_in_between_ends_the_way_on_in_memory() -> None:
+    """Hosts may have agreed to that one, under which they then had another step in memory."""
+    swarm = trained(5)
+    swarm.log_answers = False
+    swarm.dies(primary(swarm))
+    given_up = swarm.said(m.Append)[-1].entry
+    swarm.log_answers = True
+    swarm.decided_instead = given_up
+    swarm.run(swarm.now + 30.0)
+    assert swarm.core.phase is Phase.READY
+    assert swarm.core.epoch == 3
+    assert not any(it.request.live_step for it in swarm.said(m.Allocate))
+
+
 # States that are lost
 
 
@@ -425,3 +469,92 @@ def test_states_that_are_back_in_time_cost_nothing() -> None:
     assert swarm.core.phase is Phase.READY
     assert swarm.told("ready")[-1].step == 20
     assert not any(entry.claim.from_step for entry in swarm.entries())
+
+
+# Disks
+
+
+def test_full_disks_cost_no_step_and_are_said_aloud() -> None:
+    swarm = trained(9)
+    swarm.full = True
+    swarm.steps(10, 25)
+    assert swarm.core.epoch == 1  # nothing begins anew for that
+    assert [it.step for it in swarm.told("decided")][-1] == 25
+    assert swarm.core.state == "uncommitted"
+    assert "no room on its disk" in swarm.core.detail
+    assert len(swarm.told("uncommitted")) == 1
+    tried = len(swarm.said(m.Store))
+    swarm.run(swarm.now + 1.5 * CUT_RETRY_S)
+    assert len(swarm.said(m.Store)) > tried  # now and then
+    swarm.full = False
+    swarm.run(swarm.now + 1.5 * CUT_RETRY_S)
+    assert swarm.core.committed_step == 25
+    assert swarm.core.state == "training"
+
+
+# Networks that do not wait for decisions
+
+
+def local() -> Swarm:
+    graph = small_graph(learning="local", cut_every=4)
+    swarm = Swarm(graph=graph)
+    swarm.begin()
+    return swarm
+
+
+def test_a_local_network_goes_back_to_its_last_cut_when_its_feeder_is_gone() -> None:
+    swarm = local()
+    swarm.steps(1, 6)
+    assert swarm.core.committed_step == 4
+    swarm.feed(m.FeederLeft(FEEDER))
+    assert swarm.core.phase is Phase.READY
+    assert (swarm.core.epoch, swarm.core.committed_step) == (2, 4)
+    swarm.feed(m.FeederCame(2, D))
+    ready = swarm.told("ready")[-1]
+    assert (ready.epoch, ready.step) == (2, 4)
+    swarm.steps(5, 8)
+    assert swarm.core.committed_step == 8
+
+
+def test_a_local_cut_that_is_on_its_way_is_waited_for() -> None:
+    swarm = local()
+    swarm.stores = False
+    swarm.steps(1, 5)
+    swarm.feed(m.FeederLeft(FEEDER), m.FeederCame(2, D))
+    assert len(swarm.told("ready")) == 1
+    swarm.stores = True
+    for store in swarm.said(m.Store):
+        event = swarm.answer(store)
+        assert event is not None
+        swarm.feed(event)
+    assert (swarm.core.epoch, swarm.core.committed_step) == (2, 4)
+    assert swarm.told("ready")[-1].step == 4
+
+
+def test_a_local_network_moves_at_its_next_cut_and_not_before() -> None:
+    swarm = local()
+    swarm.steps(1, 5)
+    leaver = primary(swarm)
+    swarm.hosts.append(D)
+    swarm.feed(m.HostLeaves(7, leaver))
+    assert swarm.core.epoch == 1
+    swarm.steps(6, 8)
+    assert (swarm.core.epoch, swarm.core.committed_step) == (2, 8)
+    assert leaver not in swarm.core.placement.values()
+    swarm.steps(9, 9)
+    assert swarm.told("decided")[-1].step == 9
+
+
+def test_states_are_given_up_after_two_tries_some_time_apart() -> None:
+    lost = LostStates()
+    lost.said(20, 3, "fc1", 100.0)
+    assert lost.wait_s(20, 100.0) == APART_S
+    assert not lost.certain(20, 100.0 + APART_S)  # one try, however long ago
+    lost.said(20, 4, "fc1", 101.0)
+    assert not lost.certain(20, 101.0)
+    assert lost.certain(20, 100.0 + APART_S)
+    assert not lost.certain(30, 100.0 + APART_S)
+    assert lost.wait_s(20, 100.0 + APART_S) == 0.0
+    lost.said(30, 5, "fc1", 200.0)  # of another commit: all begins anew
+    assert not lost.certain(20, 300.0)
+    assert not lost.certain(30, 300.0)

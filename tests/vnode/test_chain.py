@@ -5,7 +5,6 @@ Components are driven by step cores whose messages are shuffled and doubled.
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,12 +12,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from shuffled import Run, Shuffled, wire
+from shuffled import Run, Shuffled
 from torch import nn
 
 from p2pnet.data.datasets import batches, open_data
-from p2pnet.vnode.components import Add, init_seed
-from p2pnet.vnode.hosted import HostedComponent
+from p2pnet.vnode.components import init_seed
+from p2pnet.vnode.draft import Draft, Settings, TensorSpec
+from p2pnet.vnode.graph import CompiledGraph, compile_graph
+from p2pnet.vnode.hosted import Hosted
 from p2pnet.vnode.messages import (
     ApplyDone,
     BackwardDone,
@@ -29,8 +30,9 @@ from p2pnet.vnode.messages import (
     RunForward,
     RunSave,
 )
+from p2pnet.vnode.modules import Add
 from p2pnet.vnode.state import decode_state, model_digest, weights_of
-from p2pnet.vnode.tensors import Array, decode, digest_of, encode
+from p2pnet.vnode.tensors import Array, decode, encode
 
 STEPS = 50
 SEED = 11
@@ -109,31 +111,29 @@ NETWORKS = {
 class Compute:
     """The compute threads of all hosts: tensors cross as messages do."""
 
-    hosts: dict[str, HostedComponent]
+    hosts: dict[str, Hosted]
     saved: dict[str, bytes] = field(default_factory=dict)
 
-    def __call__(self, vnode: str, run: Run) -> Event | None:
-        host = self.hosts[vnode]
+    def __call__(self, host: str, run: Run) -> Event | None:
+        hosted = self.hosts[host]
         match run:
-            case RunForward():
-                output, metrics = host.do_forward(run.step, run.micro_batch, wired(run.inputs))
-                return ForwardDone(run.step, run.micro_batch, output, metrics)
-            case RunBackward():
-                inputs = host.do_backward(
-                    run.step, run.micro_batch, wired(run.gradients), run.weight
-                )
-                return BackwardDone(run.step, run.micro_batch, tuple(inputs))
-            case RunApply():
-                host.do_apply(run.step)
-                return ApplyDone(run.step)
-            case RunSave():
-                self.saved[vnode] = host.do_save(run.step)
+            case RunForward(stage, step, part, inputs, samples):
+                outputs, metrics = hosted.do_forward(stage, step, part, inputs, samples)  # type: ignore[arg-type]
+                return ForwardDone(stage, step, part, outputs, metrics)
+            case RunBackward(stage, step, part, gradients):
+                found = hosted.do_backward(stage, step, part, gradients)  # type: ignore[arg-type]
+                return BackwardDone(stage, step, part, found)
+            case RunApply(step, norm):
+                hosted.do_apply(step, norm)
+                return ApplyDone(step)
+            case RunSave(step):
+                self.saved |= hosted.do_save(step)
                 return None
 
 
-def wired(arrays: tuple[object, ...]) -> list[Array]:
-    assert all(isinstance(array, np.ndarray) for array in arrays)
-    return [decode(encode(array)) for array in arrays]  # type: ignore[arg-type]
+def wired(payload: object) -> Array:
+    assert isinstance(payload, np.ndarray)
+    return decode(*encode(payload), bytes_max=1 << 30)
 
 
 @pytest.fixture(autouse=True)
@@ -149,43 +149,59 @@ def parts(batch: Batch, micro_batches: int) -> list[Batch]:
     return list(zip(x, y, strict=True))
 
 
-def hosts_of(network: Network) -> dict[str, HostedComponent]:
-    return {
-        vnode: HostedComponent(
-            vnode,
-            type,
-            config,
-            seed=SEED,
-            optimizer=network.optimizer,
-            optimizer_config=network.options,
-            wants_gradient=[ref in network.nodes for ref in inputs],
-        )
-        for vnode, (type, config, inputs) in network.nodes.items()
-    }
-
-
-def swarm(
-    network: Network, hosts: dict[str, HostedComponent], rng: random.Random, base_step: int = 0
-) -> Shuffled:
-    data = [parts(batch, network.micro_batches) for batch in network.data()]
-    return Shuffled(
-        wire(
-            {vnode: inputs for vnode, (_, _, inputs) in network.nodes.items()},
-            "loss",
-            network.micro_batches,
-        ),
-        Compute(hosts),
-        lambda step, part, ref: data[step - 1][part]["xy".index(ref)],
-        digest_of,  # type: ignore[arg-type]
-        rng,
-        base_step=base_step,
+def graph_of(network: Network) -> CompiledGraph:
+    data = network.data()[0]
+    return compile_graph(
+        name="net",
+        inputs={"x": TensorSpec(data[0].shape[1:])},
+        nodes=[
+            Draft(node, type, config, tuple(inputs))
+            for node, (type, config, inputs) in network.nodes.items()
+            if node != "loss"
+        ],
+        loss=Draft("loss", network.nodes["loss"][0], {}, tuple(network.nodes["loss"][2][:1])),
+        optimizer=network.optimizer,
+        optimizer_config=network.options,
+        settings=Settings(seed=SEED, micro_batches=network.micro_batches),
     )
 
 
-def weights(hosts: Mapping[str, HostedComponent], step: int) -> dict[str, Array]:
+def hosts_of(network: Network, count: int = 3) -> dict[str, Hosted]:
+    """The VNodes in turn on so many hosts, made from the seed."""
+    graph = graph_of(network)
+    hosts = {}
+    for index in range(count):
+        vnodes = graph.vnodes()[index::count]
+        hosted = hosts[f"h{index}"] = Hosted(graph, vnodes)
+        for vnode in vnodes:
+            hosted.do_make(vnode, None)
+    return hosts
+
+
+def swarm(
+    network: Network, hosts: dict[str, Hosted], rng: random.Random, base_step: int = 0
+) -> Shuffled:
+    data = [parts(batch, network.micro_batches) for batch in network.data()]
+    return Shuffled(
+        graph_of(network),
+        {host: hosted.vnodes for host, hosted in hosts.items()},
+        Compute(hosts),
+        lambda step, part, ref: data[step - 1][part]["xy".index(ref)],
+        lambda step: sum(len(x) for x, _ in data[step - 1]),
+        rng,
+        base_step=base_step,
+        seen=wired,
+    )
+
+
+def states_of(hosts: Mapping[str, Hosted], step: int) -> dict[str, bytes]:
+    return {v: state for hosted in hosts.values() for v, state in hosted.do_save(step).items()}
+
+
+def weights(hosts: Mapping[str, Hosted], step: int) -> dict[str, Array]:
     found: dict[str, Array] = {}
-    for vnode, host in hosts.items():
-        found |= weights_of(vnode, decode_state(host.do_save(step))[0])
+    for vnode, state in states_of(hosts, step).items():
+        found |= weights_of(vnode, decode_state(state)[0])
     return found
 
 
@@ -249,19 +265,15 @@ def test_a_saved_state_goes_on_bit_for_bit() -> None:
 
     before = hosts_of(network)
     swarm(network, before, random.Random(3)).train(18)
-    cut = {vnode: host.do_save(18) for vnode, host in before.items()}
+    cut = states_of(before, 18)
     swarm(network, before, random.Random(4), base_step=18).train(5)  # work that is lost
-    after = hosts_of(network)  # elsewhere
-    for vnode, host in before.items():  # and those that stayed go back too
-        restored = after[vnode] if vnode in ("fc1", "act1", "loss") else host
-        assert restored.do_load(cut[vnode]) == 18
-        after[vnode] = restored
+    after = hosts_of(network, 2)  # elsewhere, and in other stages
+    for hosted in after.values():
+        for vnode in hosted.vnodes:
+            assert hosted.do_make(vnode, cut[vnode]) == 18
     swarm(network, after, random.Random(5), base_step=18).train(12)
 
-    for vnode, host in whole.items():
-        state = host.do_save(30)
-        assert after[vnode].do_save(30) == state
-        assert hashlib.sha256(after[vnode].do_save(30)).digest() == hashlib.sha256(state).digest()
+    assert states_of(after, 30) == states_of(whole, 30)
     assert model_digest(weights(after, 30)) == model_digest(weights(whole, 30))
 
 
@@ -269,7 +281,7 @@ def test_the_order_of_arrival_does_not_change_a_bit() -> None:
     network = NETWORKS["everything, Adam"]
     digests = set()
     for seed in range(3):
-        hosts = hosts_of(network)
+        hosts = hosts_of(network, 1 + seed)
         swarm(network, hosts, random.Random(seed)).train(10)
         digests.add(model_digest(weights(hosts, 10)))
     assert len(digests) == 1

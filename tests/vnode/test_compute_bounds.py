@@ -39,6 +39,10 @@ class Machine:
         self.time_s += takes_s
         self.used_s += takes_s if of_that_s is None else of_that_s
 
+    def fail(self, takes_s: float) -> None:
+        self.work(takes_s)
+        raise ZeroDivisionError
+
     def rest(self, seconds: float) -> None:
         self.rests.append(seconds)
         self.time_s += seconds
@@ -65,7 +69,7 @@ def test_computing_takes_no_more_than_its_share(
         await machine.compute.run(machine.work, 2.0)
         await machine.compute.run(machine.work, 2.0, 0.4 if cpus == 0.1 else 1.0)
         with pytest.raises(ZeroDivisionError):  # what failed was work as well
-            await machine.compute.run(lambda: [machine.work(4.0), 1 // 0])
+            await machine.compute.run(machine.fail, 4.0)
         await asyncio.to_thread(machine.compute.close)  # and so the last rest is over
         assert machine.rests == pytest.approx([rest for rest in rests if rest])
         assert machine.used_s * threads <= (cpus or threads) * machine.time_s + 1e-9

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hosting import BOSS, ORDER, allocate, manifest_of, network_of, place, training_input
 from memory_client import MemorySession
@@ -16,9 +17,12 @@ from small_network import batch, plain, small_graph, submit, train
 from virtual_time import play
 
 from p2pnet.errors import ForgedError, MalformedError, P2PNetError, ResourceError, UnreachableError
+from p2pnet.net.handlers import Caller
+from p2pnet.net.hop_frames import Buffer, Request
 from p2pnet.v1 import common_pb2, vnode_pb2
-from p2pnet.vnode.courier import Courier, EpochOver, HopFailed
+from p2pnet.vnode.courier import UNDER_WAY_MAX, Courier, EpochOver, HopFailed
 from p2pnet.vnode.network import HostedNetwork, refusal
+from p2pnet.vnode.tensors import AUTO, RAW, ZSTD, decode
 
 GRAPH = small_graph()
 NETWORK = network_of(GRAPH)
@@ -38,8 +42,12 @@ def net_at(epoch: int, swarm: MemorySwarm, **locations: str) -> HostedNetwork:
     )
 
 
+PAYLOAD = training_input(GRAPH, "out", "skip", batch(1)[0])[1]
+
+
 def message(vnode: str = "out", epoch: int = 1) -> vnode_pb2.TrainRequest:
-    return training_input(GRAPH, vnode, "skip", batch(1)[0], epoch=epoch)
+    source = "x" if vnode == "fc1" else "skip"
+    return training_input(GRAPH, vnode, source, batch(1)[0], epoch=epoch)[0]
 
 
 async def nowhere() -> common_pb2.Refusal | None:
@@ -54,8 +62,8 @@ def test_the_cache_is_believed_first(tmp_path: Path) -> None:
     async def main() -> None:
         async with MemorySwarm(tmp_path, "ab") as swarm:
             await allocate(swarm, "b", GRAPH)
-            net = net_at(1, swarm, out="b")
-            await Courier(swarm["a"]).send(net, "VNode/Train", message(), nowhere)
+            net = net_at(1, swarm, fc1="b")
+            await Courier(swarm["a"]).send(net, message("fc1"), PAYLOAD, nowhere)
             assert hops(swarm) == ["b"]
             assert not swarm.emitted("located")
 
@@ -72,7 +80,7 @@ def test_what_lives_here_crosses_no_wire(tmp_path: Path) -> None:
     async def main() -> None:
         async with MemorySwarm(tmp_path, "a") as swarm:
             net = net_at(1, swarm, out="a")
-            await Courier(swarm["a"]).send(net, "VNode/Train", message(), here)
+            await Courier(swarm["a"]).send(net, message(), PAYLOAD, here)
             assert taken == ["here"]
             assert hops(swarm) == []
 
@@ -85,7 +93,7 @@ def test_a_former_host_that_knows_is_believed(tmp_path: Path) -> None:
             hosts = dict.fromkeys(ORDER, "b") | {"out": "c"}  # as the claim says
             await place(swarm, GRAPH, hosts)
             net = net_at(1, swarm, out="b")
-            await Courier(swarm["a"]).send(net, "VNode/Train", message(), nowhere)
+            await Courier(swarm["a"]).send(net, message(), PAYLOAD, nowhere)
             assert hops(swarm)[:2] == ["b", "c"]
             assert net.locations == {"out": swarm["c"].peer_id}
 
@@ -123,15 +131,17 @@ Refusing = Callable[[Letter], common_pb2.Refusal | None]
 def answering(swarm: MemorySwarm, answer: Refusing) -> None:
     """Everybody answers a training message as `answer` says."""
     for node in swarm.nodes.values():
-        real = node.methods["VNode/Train"]
 
-        async def run(requests: Any, caller: Any, write: Any, peer_id: str = node.peer_id) -> bytes:
-            [raw] = [raw async for raw in requests]
-            request = vnode_pb2.TrainRequest.FromString(raw)
+        async def hop(
+            request: Request,
+            payload: memoryview | None,
+            caller: Caller,
+            peer_id: str = node.peer_id,
+        ) -> tuple[vnode_pb2.HopReply, Buffer | None]:
             said = answer(Letter(caller.peer_id, peer_id, "VNode/Train", request))
-            return vnode_pb2.HopReply(refusal=said).SerializeToString()
+            return vnode_pb2.HopReply(refusal=said), None
 
-        node.methods["VNode/Train"] = type(real)(run, True, real.timeout_s)
+        node.answer_hop = hop
 
 
 def test_a_busy_vnode_is_asked_again(tmp_path: Path) -> None:
@@ -141,12 +151,12 @@ def test_a_busy_vnode_is_asked_again(tmp_path: Path) -> None:
             answering(swarm, lambda it: busy.pop() if busy else None)
             net = net_at(1, swarm, out="b")
             began = swarm.loop.time()
-            await Courier(swarm["a"]).send(net, "VNode/Train", message(), nowhere)
+            await Courier(swarm["a"]).send(net, message(), PAYLOAD, nowhere)
             assert hops(swarm) == ["b"] * 4
             assert swarm.loop.time() > began + 0.1  # and not at once
             answering(swarm, lambda it: refusal("REFUSAL_CODE_BUSY", "later"))
             with pytest.raises(HopFailed):
-                await Courier(swarm["a"]).send(net, "VNode/Train", message(), nowhere)
+                await Courier(swarm["a"]).send(net, message(), PAYLOAD, nowhere)
 
     play(main())
 
@@ -158,7 +168,7 @@ def test_a_newer_epoch_ends_the_errand(tmp_path: Path, code: str) -> None:
             answering(swarm, lambda it: refusal(f"REFUSAL_CODE_{code}", "no", epoch=2))
             net = net_at(1, swarm, out="b")
             with pytest.raises(EpochOver):
-                await Courier(swarm["a"]).send(net, "VNode/Train", message(), nowhere)
+                await Courier(swarm["a"]).send(net, message(), PAYLOAD, nowhere)
             assert hops(swarm) == ["b"]
 
     play(main())
@@ -201,7 +211,7 @@ def test_what_is_refused_for_good_is_not_tried_again(
             answering(swarm, lambda it: refusal(f"REFUSAL_CODE_{code}", detail))
             net = net_at(1, swarm, out="b")
             with pytest.raises(HopFailed, match=detail) as failed:
-                await Courier(swarm["a"]).send(net, "VNode/Train", message(), nowhere)
+                await Courier(swarm["a"]).send(net, message(), PAYLOAD, nowhere)
             assert failed.value.host == swarm["b"].peer_id
             assert hops(swarm) == ["b"]
 
@@ -214,7 +224,7 @@ def test_a_host_that_is_gone_is_named(tmp_path: Path) -> None:
             swarm.kill(swarm["b"].peer_id)
             net = net_at(1, swarm, out="b")
             with pytest.raises(HopFailed) as failed:
-                await Courier(swarm["a"]).send(net, "VNode/Train", message(), nowhere)
+                await Courier(swarm["a"]).send(net, message(), PAYLOAD, nowhere)
             assert failed.value.host == swarm["b"].peer_id
 
     play(main())
@@ -230,7 +240,7 @@ def test_hosts_that_point_at_each_other_are_not_followed_for_ever(tmp_path: Path
             )
             net = net_at(1, swarm, out="b")
             with pytest.raises(HopFailed, match="out is not to be found"):
-                await Courier(swarm["a"]).send(net, "VNode/Train", message(), nowhere)
+                await Courier(swarm["a"]).send(net, message(), PAYLOAD, nowhere)
             assert len(hops(swarm)) < 10
 
     play(main())
@@ -252,7 +262,7 @@ def test_what_the_dht_says_of_other_epochs(tmp_path: Path) -> None:
             net.epoch = 0  # we are behind
             assert await courier.locate(net, "fc1", 0) == (host, 1)
             with pytest.raises(EpochOver):
-                await courier.send(net, "VNode/Train", message("out", 0), nowhere)
+                await courier.send(net, message("out", 0), PAYLOAD, nowhere)
             net.epoch = 2  # the DHT is behind
             with pytest.raises(HopFailed, match="does not know where fc1 lives"):
                 await courier.locate(net, "fc1", 2)
@@ -273,7 +283,7 @@ def test_a_silent_host_costs_a_bounded_time(tmp_path: Path) -> None:
             net = net_at(1, swarm, out="b")
             began = swarm.loop.time()
             with pytest.raises(HopFailed, match="in time"):
-                await Courier(swarm["a"]).send(net, "VNode/Train", message(), nowhere)
+                await Courier(swarm["a"]).send(net, message(), PAYLOAD, nowhere)
             assert swarm.loop.time() < began + 6
 
     play(main())
@@ -289,7 +299,7 @@ def test_a_lost_message_is_a_failed_hop(tmp_path: Path) -> None:
             swarm.before.append(lose)
             net = net_at(1, swarm, out="b")
             with pytest.raises(HopFailed, match="lost"):
-                await Courier(swarm["a"]).send(net, "VNode/Train", message(), nowhere)
+                await Courier(swarm["a"]).send(net, message(), PAYLOAD, nowhere)
 
     play(main())
 
@@ -317,11 +327,11 @@ def test_whatever_goes_wrong_is_a_failed_hop(
             swarm.before.append(fail)
             net = net_at(1, swarm, out="b")
             with pytest.raises(HopFailed, match=str(error)) as failed:
-                await Courier(swarm["a"]).send(net, "VNode/Train", message(), nowhere)
+                await Courier(swarm["a"]).send(net, message(), PAYLOAD, nowhere)
             assert failed.value.host == (swarm[blamed].peer_id if blamed else "")
             net = net_at(1, swarm, out="a")
             with pytest.raises(HopFailed, match=str(error)):
-                await Courier(swarm["a"]).send(net, "VNode/Train", message(), here)
+                await Courier(swarm["a"]).send(net, message(), PAYLOAD, here)
 
     play(main())
 
@@ -337,7 +347,109 @@ def test_a_lookup_that_cannot_be_made_is_a_failed_hop(
 
             monkeypatch.setattr(swarm["a"], "find_allocations", busy)
             with pytest.raises(HopFailed, match="busy") as failed:
-                await Courier(swarm["a"]).send(net_at(1, swarm), "VNode/Train", message(), nowhere)
+                await Courier(swarm["a"]).send(net_at(1, swarm), message(), PAYLOAD, nowhere)
             assert failed.value.host == ""
+
+    play(main())
+
+
+def forward(replica: int = 0) -> vnode_pb2.ForwardRequest:
+    return vnode_pb2.ForwardRequest(
+        network_id=NETWORK,
+        epoch=1,
+        request_id=b"r" * 16,
+        vnode="out",
+        source="skip",
+        replica=replica,
+    )
+
+
+def test_a_forward_pass_stays_on_its_replica(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abc") as swarm:
+            asked: list[str] = []
+
+            def note(it: Letter) -> common_pb2.Refusal | None:
+                asked.extend(swarm.names([it.to]))
+                return None
+
+            answering(swarm, note)
+            net = net_at(1, swarm, out="b")
+            net.standbys = {"out": (swarm["c"].peer_id,)}
+            courier = Courier(swarm["a"])
+            await courier.send(net, forward(0), PAYLOAD, nowhere)
+            await courier.send(net, forward(1), PAYLOAD, nowhere)
+            assert asked == ["b", "c"]
+            with pytest.raises(HopFailed, match="no standby number 2"):
+                await courier.send(net, forward(2), PAYLOAD, nowhere)
+            answering(swarm, lambda it: refusal("REFUSAL_CODE_NOT_HOSTED", "not here"))
+            with pytest.raises(HopFailed, match="not here") as failed:
+                await courier.send(net, forward(1), PAYLOAD, nowhere)
+            assert failed.value.host == swarm["c"].peer_id
+            assert net.locations  # of which nothing is known to be wrong
+
+    play(main())
+
+
+def test_a_slow_consumer_slows_down_its_producer(tmp_path: Path) -> None:
+    """It has no room for half a minute: nothing fails, and no more than a few are under way."""
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "ab") as swarm:
+            room_at = swarm.loop.time() + 30.0
+            under_way: list[int] = [0, 0]
+
+            async def slow(
+                request: Request, payload: memoryview | None, caller: Caller
+            ) -> tuple[vnode_pb2.HopReply, Buffer | None]:
+                under_way[0] += 1
+                under_way[1] = max(under_way)
+                try:
+                    await asyncio.sleep(1.0)
+                finally:
+                    under_way[0] -= 1
+                if swarm.loop.time() >= room_at:
+                    return vnode_pb2.HopReply(), None
+                return vnode_pb2.HopReply(refusal=refusal("REFUSAL_CODE_BUSY", "full")), None
+
+            swarm["b"].answer_hop = slow
+            net = net_at(1, swarm, out="b")
+            courier = Courier(swarm["a"])
+            began = swarm.loop.time()
+            await asyncio.gather(
+                *(courier.send(net, message(), PAYLOAD, nowhere) for _ in range(40))
+            )
+            assert swarm.loop.time() - began >= 30.0
+            assert under_way[1] == UNDER_WAY_MAX
+            assert not courier._under_way
+
+    play(main())
+
+
+def test_auto_follows_the_line(tmp_path: Path) -> None:
+    """What is mostly zeros is compressed for a slow line, after the first tensors."""
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "ab") as swarm:
+            answering(swarm, lambda it: None)
+            net = net_at(1, swarm, out="b")
+            courier = Courier(swarm["a"])
+            array = np.zeros((64, 1024), np.float32)
+            codecs = []
+            for _ in range(4):
+                head, payload = await courier.encode(net, "out", array, AUTO)
+                assert np.array_equal(decode(head, payload), array)
+                codecs.append(head.codec)
+                await courier.send(net, message(), payload, nowhere)
+            assert codecs[0] == RAW
+            seconds = 0.5
+            swarm.latency_s = lambda letter: seconds / 2
+            for _ in range(20):  # until the quick ones are forgotten
+                await courier.send(net, message(), bytes(array.nbytes), nowhere)
+            head, payload = await courier.encode(net, "out", array, AUTO)
+            assert head.codec == ZSTD
+            assert np.array_equal(decode(head, payload), array)
+            head, _ = await courier.encode(net, "out", array, RAW)
+            assert head.codec == RAW
 
     play(main())

@@ -18,9 +18,10 @@ from small_network import plain, plain_output, small_graph, submit, train
 from virtual_time import play
 
 from p2pnet.client import inference as client
+from p2pnet.client.passes import Passes
 from p2pnet.errors import MalformedError, NotFoundError, UsageError
 from p2pnet.v1 import common_pb2, pnode_pb2, vnode_pb2
-from p2pnet.vnode import gathering, inference, outputs
+from p2pnet.vnode import gathering, outputs, tensors
 from p2pnet.vnode.hosted import Hosted
 from p2pnet.vnode.network import BATCH_SAMPLES, REASON_CHARS_MAX
 from p2pnet.vnode.tensors import Array, Buffer, decode, encode
@@ -52,7 +53,7 @@ def test_three_hosts_say_what_torch_says(tmp_path: Path, count: int) -> None:
             hosts = {it.host for it in (await session.status(network)).locations}
             assert len(hosts) == 3
             x = samples(count)
-            output = (await client.infer_all(session, network, GRAPH, {"x": x})).output
+            output = (await client.infer_all(Passes(session, network, GRAPH), {"x": x})).output
             expected = plain_output(3, x)
             assert output.shape == expected.shape == (count, 3)
             assert output.dtype == expected.dtype
@@ -66,7 +67,7 @@ def test_inference_changes_nothing(tmp_path: Path) -> None:
         async with MemorySwarm(tmp_path, "abc") as swarm:
             session, network = await trained_swarm(swarm, 3)
             before = {v: ref.digest for v, ref in (await session.cut(network)).items()}
-            await client.infer_all(session, network, GRAPH, {"x": samples(9)})
+            await client.infer_all(Passes(session, network, GRAPH), {"x": samples(9)})
             trained = await train(session, network, 4, first=4)
             assert trained.digest == plain(4)[0]
             after = {v: ref.digest for v, ref in (await session.cut(network)).items()}
@@ -92,7 +93,7 @@ def test_inputs_that_do_not_fit_are_not_sent(
             session = MemorySession(swarm)
             network = await submit(session, swarm["a"].peer_id)
             with pytest.raises(error, match=why):
-                await client.infer_all(session, network, GRAPH, inputs)
+                await client.infer_all(Passes(session, network, GRAPH), inputs)
             assert not [it for it in swarm.letters if it.method == "VNode/Forward"]
 
     play(main())
@@ -113,7 +114,7 @@ def test_a_host_that_dies_on_the_way_costs_a_little_time(tmp_path: Path) -> None
 
             swarm.before.append(hook)
             x = samples(5)
-            output = (await client.infer_all(session, network, GRAPH, {"x": x})).output
+            output = (await client.infer_all(Passes(session, network, GRAPH), {"x": x})).output
             assert len(killed) == 1
             np.testing.assert_allclose(output, plain_output(3, x), rtol=1e-5, atol=1e-6)
 
@@ -275,7 +276,7 @@ def test_a_client_gives_up_on_a_network_that_always_fails(
             session = MemorySession(swarm)
             network = await submit(session, swarm["a"].peer_id)
             began = swarm.loop.time()
-            outcome = await client.infer_all(session, network, GRAPH, {"x": samples(3000)})
+            outcome = await client.infer_all(Passes(session, network, GRAPH), {"x": samples(3000)})
             assert 60 < swarm.loop.time() - began < 90, "one waits, and the others do not any more"
             assert [(it.first, it.last) for it in outcome.missing][-1] == (2816, 2999)
             assert len(outcome.missing) == 12
@@ -309,15 +310,13 @@ def test_a_tensor_that_cannot_be_is_refused(
         async with MemorySwarm(tmp_path, "a") as swarm:
             await place(swarm, GRAPH, HERE)
             with monkeypatch.context() as patched:
-                patched.setattr(
-                    inference.tensors, "decode", lambda *args, **kwargs: pytest.fail("decoded")
-                )
+                patched.setattr(tensors, "decode", lambda *args, **kwargs: pytest.fail("decoded"))
                 request = forward("fc1", "x", samples(4), b"id", **BAD[what])
                 refused = await give(swarm, "a", request)
                 too_large = what == "too many samples"
                 assert refused.code == (TOO_LARGE if too_large else BAD_REQUEST)
-            request, payload = forward("fc1", "x", samples(4), b"id")
-            short = await give(swarm, "a", (request, memoryview(payload)[1:]))
+            head, payload = forward("fc1", "x", samples(4), b"id")
+            short = await give(swarm, "a", (head, memoryview(payload)[1:]))
             assert short.code == BAD_REQUEST
             x = samples(4)
             await ask(swarm, HERE, x, b"id")  # and the right one still counts
@@ -425,7 +424,7 @@ def test_a_client_with_old_allocations_is_sent_on(tmp_path: Path) -> None:
                 assert not reply.HasField("refusal"), reply.refusal
             x = samples(4)
             before = swarm.loop.time()
-            output = (await client.infer_all(session, network, GRAPH, {"x": x})).output
+            output = (await client.infer_all(Passes(session, network, GRAPH), {"x": x})).output
             np.testing.assert_allclose(output, plain_output(0, x), rtol=1e-5, atol=1e-6)
             assert swarm.loop.time() - before < 0.3, "it had to try again"
 

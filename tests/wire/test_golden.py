@@ -25,11 +25,12 @@ from p2pnet.dht.manifest import network_id_of
 from p2pnet.dht.records import ALLOCATION, make_record, open_record, serialise_set
 from p2pnet.gossip.statements import build_advert, open_advert
 from p2pnet.keys import KeyPair
+from p2pnet.net.hop_frames import first_frame
 from p2pnet.net.varint import frame
 from p2pnet.v1 import common_pb2, log_pb2, orchestrator_pb2, records_pb2, session_pb2, vnode_pb2
 from p2pnet.vnode.components import init_seed
 from p2pnet.vnode.state import encode_state, model_digest
-from p2pnet.vnode.tensors import RAW, encode
+from p2pnet.vnode.tensors import INT8, RAW, encode
 
 GOLDEN = Path(__file__).parent / "golden.json"
 OWNER, HOST, CLAIMANT = (KeyPair.from_seed(bytes([n]) * 32) for n in (1, 2, 3))
@@ -77,6 +78,14 @@ def examples() -> dict[str, bytes | str]:
     """One of each thing that outlives a process or crosses the wire."""
     array = np.arange(6, dtype=np.float32).reshape(2, 3) / 4
     network_id = network_id_of(manifest())
+    tensor, payload = encode(array, RAW)
+    train = vnode_pb2.TrainRequest(
+        id=step_id(), vnode="fc2", direction=vnode_pb2.DIRECTION_BACKWARD, source="out",
+        slot=0, tensor=tensor, decided_step=40, tensor_digest=b"\2" * 32,
+    )  # fmt: skip
+    hop = vnode_pb2.HopFrame(
+        id=300, train=train, size_bytes=len(payload), timeout_ms=5000, hlc="1-2"
+    )
     messages: dict[str, Message] = {
         "manifest": manifest(),
         "allocation": allocation(),
@@ -87,10 +96,7 @@ def examples() -> dict[str, bytes | str]:
                 keys.SESSION, session_pb2.SessionProof(nonce=b"\1" * 32).SerializeToString()
             )
         ),
-        "train": vnode_pb2.TrainRequest(
-            id=step_id(), vnode="fc2", direction=vnode_pb2.DIRECTION_BACKWARD, source="out",
-            slot=0, tensor=encode(array, RAW), decided_step=40, tensor_digest=b"\2" * 32,
-        ),
+        "train": train,
         "report": orchestrator_pb2.ReportRequest(
             id=step_id(), vnode="loss", held=orchestrator_pb2.Held(loss=0.5, correct=3, samples=8)
         ),
@@ -98,6 +104,8 @@ def examples() -> dict[str, bytes | str]:
     out: dict[str, bytes | str] = {
         name: message.SerializeToString(deterministic=True) for name, message in messages.items()
     }
+    out["hop"] = first_frame(hop, memoryview(payload))
+    out["hop, int8"] = bytes(encode(array, INT8)[1])
     record = open_record(allocation(), vnode_key(network_id, "fc1"), WALL_MS)
     out["record set"] = serialise_set([record])
     out["kad request"] = frame(
@@ -141,7 +149,7 @@ def test_what_was_written_then_is_read_now() -> None:
 def test_a_changed_protocol_is_noticed() -> None:
     old = breaking.describe()
     assert breaking.changes(old, old) == []
-    for name in ("p2pnet.v1.Tensor#4", "p2pnet.v1.VNode.Train", "p2pnet.v1.Codec=1"):
+    for name in ("p2pnet.v1.Tensor#4", "p2pnet.v1.VNode.Hops", "p2pnet.v1.Codec=1"):
         gone = {key: value for key, value in old.items() if key != name}
         assert breaking.changes(old, gone) == [f"{name} ({old[name]}) is gone"]
         assert breaking.changes(old, old | {name: "string payload"}) != []
