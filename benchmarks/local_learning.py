@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +24,9 @@ from p2pnet.data.datasets import batches, open_data
 from p2pnet.vnode.components import init_seed
 
 Batches = Iterator[tuple[Tensor, Tensor]]
-BATCH = 32
+BATCH, SEQUENCES = 32, 16
 CONTEXT = 64  # tokens of a sequence
+THRESHOLD = 2.0  # of Forward-Forward's goodness
 HIDDEN = 128  # of the one-hidden-layer head
 
 
@@ -129,7 +129,7 @@ def mlp(seed: int) -> list[Block]:
         seed,
         [
             lambda: Block(nn.Linear(64, 128), nn.ReLU()),
-            *[lambda: Block(nn.Linear(128, 128), nn.ReLU())] * 4,
+            *([lambda: Block(nn.Linear(128, 128), nn.ReLU())] * 4),
             lambda: Block(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)),
         ],
     )
@@ -198,9 +198,7 @@ def text_train(seed: int) -> Batches:
     tokens = tokens[: len(tokens) * 9 // 10]
     rng = torch.Generator().manual_seed(seed)
     while True:
-        yield sequences(
-            tokens, torch.randint(len(tokens) - CONTEXT, (BATCH,), generator=rng)
-        )
+        yield sequences(tokens, torch.randint(len(tokens) - CONTEXT, (SEQUENCES,), generator=rng))
 
 
 def text_test() -> Batches:
@@ -216,7 +214,7 @@ TASKS = {
     "digits.yaml": Task(demo, digits_train, digits_test, 900, 10),
     "MLP, 6 hidden": Task(mlp, digits_train, digits_test, 900, 10),
     "ResNet": Task(resnet, digits_train, digits_test, 900, 10),
-    "transformer": Task(transformer, text_train, text_test, 900, 128),
+    "transformer": Task(transformer, text_train, text_test, 600, 128),
 }
 
 
@@ -239,29 +237,30 @@ def head(kind: str, shape: Sequence[int], classes: int) -> nn.Module | None:
     """
     layers: list[nn.Module] = []
     features = math.prod(shape)
-    if len(shape) == 3:  # an image
-        side = {"linear": 0, "pooled": 1}.get(kind, 2)
+    if len(shape) == 3:  # a picture
+        side = {"flat": 0, "pooled": 1}.get(kind, 2)
         if side:
             layers.append(nn.AdaptiveAvgPool2d(side))
             features = shape[0] * side * side
         layers.append(nn.Flatten())
     elif kind in ("pooled", "pooled 2x2"):
         return None
-    elif len(shape) == 2:  # a sequence: each token by itself, as the network's own head
+    elif len(shape) == 2:  # a sequence: each token by itself, as the network's own last layer
         features = shape[1]
     match kind:
-        case "linear" | "pooled" | "pooled 2x2":
+        case "flat" | "pooled" | "pooled 2x2":
             layers.append(nn.Linear(features, classes))
-        case "norm":
+        case "linear":
             layers += [nn.LayerNorm(features), nn.Linear(features, classes)]
         case "mlp":
-            layers += [nn.Linear(features, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, classes)]
+            layers += [nn.LayerNorm(features), nn.Linear(features, HIDDEN), nn.ReLU()]
+            layers.append(nn.Linear(HIDDEN, classes))
         case "fixed":
             layers.append(Fixed(features, classes))
     return nn.Sequential(*layers)
 
 
-KINDS = ("linear", "pooled", "pooled 2x2", "norm", "mlp", "fixed")
+KINDS = ("flat", "pooled", "pooled 2x2", "linear", "mlp", "fixed")
 
 
 @dataclass
@@ -272,7 +271,6 @@ class Trained:
     loss: float  # nats a prediction
     flops: int  # a step, forward and backward; products of matrices and convolutions
     parameters: int
-    step_ms: float
 
 
 def loss_of(logits: Tensor, y: Tensor) -> Tensor:
@@ -307,16 +305,10 @@ def train(task: Task, kind: str, seed: int, steps: int, lr: float = 1e-3) -> Tra
                 h = h.detach()
         total = total + loss_of(blocks[-1](h, x), y)
         optimizer.zero_grad()
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
-    counter = FlopCounterMode(display=False)
-    with counter:
-        step()
-    began = time.perf_counter()
-    for _ in range(steps - 1):
-        step()
-    step_ms = (time.perf_counter() - began) / (steps - 1) * 1e3
+    flops = _run(step, steps)
     right, lost, count = 0, 0.0, 0
     with torch.no_grad():
         for x, y in task.test():
@@ -326,8 +318,16 @@ def train(task: Task, kind: str, seed: int, steps: int, lr: float = 1e-3) -> Tra
             right += int((h.argmax(-1) == y).sum())
             lost += float(loss_of(h, y)) * y.numel()
             count += y.numel()
-    flops = counter.get_total_flops()
-    return Trained(right / count, lost / count, flops, sum(map(Tensor.numel, parameters)), step_ms)
+    return Trained(right / count, lost / count, flops, sum(map(Tensor.numel, parameters)))
+
+
+def _run(step: Callable[[], None], steps: int) -> int:
+    """So many of them; returns the FLOPs of one."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    for _ in range(steps - 1):
+        step()
+    return int(counter.get_total_flops())
 
 
 def forward_forward(widths: Sequence[int], seed: int, steps: int, lr: float) -> Trained:
@@ -357,29 +357,24 @@ def forward_forward(widths: Sequence[int], seed: int, steps: int, lr: float) -> 
         wrong = (y + torch.randint(1, 10, y.shape, generator=rng)) % 10
         good, bad = goodness(x, y), goodness(x, wrong)
         total = sum(
-            F.softplus(threshold - a).mean() + F.softplus(b - threshold).mean()
-            for a, b in zip(good, bad, strict=True)
-            for threshold in (2.0,)
+            (
+                F.softplus(THRESHOLD - a).mean() + F.softplus(b - THRESHOLD).mean()
+                for a, b in zip(good, bad, strict=True)
+            ),
+            torch.zeros(()),
         )
         optimizer.zero_grad()
-        assert isinstance(total, Tensor)
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
-    counter = FlopCounterMode(display=False)
-    with counter:
-        step()
-    began = time.perf_counter()
-    for _ in range(steps - 1):
-        step()
-    step_ms = (time.perf_counter() - began) / (steps - 1) * 1e3
+    flops = _run(step, steps)
     with torch.no_grad():
         x, y = next(digits_test())
         labels = [torch.full_like(y, label) for label in range(10)]
         scores = torch.stack([sum(goodness(x, label)[1:], torch.zeros(())) for label in labels], 1)
         accuracy = float((scores.argmax(1) == y).float().mean())
     parameters = sum(p.numel() for layer in layers for p in layer.parameters())
-    return Trained(accuracy, math.nan, counter.get_total_flops(), parameters, step_ms)
+    return Trained(accuracy, math.nan, flops, parameters)
 
 
 FORWARD_FORWARD = {"digits.yaml": (128, 64), "MLP, 6 hidden": (128,) * 6}
@@ -398,32 +393,41 @@ def main() -> None:
     print("| network | rule | accuracy, % | to chain | loss | FLOPs a step | parameters |")
     print("|---|---|---|---|---|---|---|")
     for name in options.only or TASKS:
-        task = TASKS[name]
-        steps = options.steps or task.steps
-        runs: dict[str, list[Trained]] = {}
-        for kind in ("chain", *KINDS):
-            made = [train(task, kind, seed, steps) for seed in range(options.seeds)]
-            if found := [run for run in made if run is not None]:
-                runs[kind] = found
-        if widths := FORWARD_FORWARD.get(name):
-            runs["Forward-Forward"] = [
-                forward_forward(widths, seed, steps, 3e-3) for seed in range(options.seeds)
-            ]
-        base = runs["chain"]
+        runs = _runs(name, options.seeds, options.steps or TASKS[name].steps)
         for kind, found in runs.items():
-            mean = statistics.mean(run.accuracy for run in found) * 100
-            spread = statistics.pstdev(run.accuracy for run in found) * 100
-            away = mean - statistics.mean(run.accuracy for run in base) * 100
-            print(
-                f"| {name} | {kind} | {mean:.1f} ± {spread:.1f} | {away:+.1f} "
-                f"| {statistics.mean(run.loss for run in found):.3f} "
-                f"| {found[0].flops / base[0].flops:.2f} "
-                f"| {found[0].parameters / base[0].parameters:.2f} |",
-                flush=True,
-            )
-            rows += [{"network": name, "rule": kind, "seed": i, **asdict(run)} for i, run in enumerate(found)]
+            print(_line(name, kind, found, runs["chain"]), flush=True)
+            rows += [
+                {"network": name, "rule": kind, "seed": seed, **asdict(run)}
+                for seed, run in enumerate(found)
+            ]
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
+
+
+def _runs(name: str, seeds: int, steps: int) -> dict[str, list[Trained]]:
+    """Of each rule, one a seed."""
+    runs: dict[str, list[Trained]] = {}
+    for kind in ("chain", *KINDS):
+        made = [train(TASKS[name], kind, seed, steps) for seed in range(seeds)]
+        if found := [run for run in made if run is not None]:
+            runs[kind] = found
+    if widths := FORWARD_FORWARD.get(name):
+        found = [forward_forward(widths, seed, steps, 3e-3) for seed in range(seeds)]
+        runs["Forward-Forward"] = found
+    return runs
+
+
+def _line(name: str, kind: str, found: Sequence[Trained], chain: Sequence[Trained]) -> str:
+    accuracies = [run.accuracy * 100 for run in found]
+    mean, spread = statistics.mean(accuracies), statistics.pstdev(accuracies)
+    away = mean - statistics.mean(run.accuracy * 100 for run in chain)
+    loss = statistics.mean(run.loss for run in found)
+    return (
+        f"| {name} | {kind} | {mean:.1f} ± {spread:.1f} "
+        f"| {away:+.1f} | {'' if math.isnan(loss) else f'{loss:.3f}'} "
+        f"| {found[0].flops / chain[0].flops:.2f} "
+        f"| {found[0].parameters / chain[0].parameters:.2f} |"
+    )
 
 
 if __name__ == "__main__":

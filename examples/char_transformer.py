@@ -11,6 +11,7 @@ the loss as it falls, the bits per character on text that it has not seen, and a
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,14 +19,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pydoc_data import topics
 
 import numpy as np
 import torch
 from torch import nn
 
 import p2pnet
-from p2pnet.data.text import encode
+from p2pnet.data.corpora import open_text, samples
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--bootstrap", default=(), help="a list of peers, or one multiaddr")
@@ -50,11 +50,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, num_heads=4, batch_first=True)
-        self.up, self.act, self.down = (
-            nn.Linear(width, 4 * width),
-            nn.GELU(),
-            nn.Linear(4 * width, width),
-        )
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.act = nn.GELU()
         mask = torch.triu(torch.ones(context, context, dtype=torch.bool), diagonal=1)
         self.register_buffer("future", mask, persistent=False)
 
@@ -92,13 +89,10 @@ def windows(text: np.ndarray, context: int, size: int, steps: int) -> Iterator[t
 
 def bits_per_character(net: p2pnet.Network, text: np.ndarray, context: int) -> float:
     """What the network needs for a character of a text: log2 of how unlikely it found it."""
-    pieces = (len(text) - 1) // context
-    x = text[: pieces * context].reshape(pieces, context)
-    y = text[1 : pieces * context + 1].reshape(pieces, context)
-    logits = torch.from_numpy(np.asarray(net(x)))
-    return nn.functional.cross_entropy(
-        logits.flatten(0, 1), torch.from_numpy(y).flatten()
-    ).item() / math.log(2)
+    x, y = samples(text, context)
+    logits = torch.from_numpy(net(x)).flatten(0, 1)
+    loss = nn.functional.cross_entropy(logits, torch.from_numpy(y).flatten())
+    return loss.item() / math.log(2)
 
 
 @contextmanager
@@ -106,6 +100,7 @@ def local_swarm(nodes: int) -> Iterator[str]:
     """Nodes on this machine, gone afterwards; gives the first one's data directory."""
     with tempfile.TemporaryDirectory() as directory:
         peers, log = Path(directory, "peers.txt"), Path(directory, "log.txt")
+        environment = {k: v for k, v in os.environ.items() if k != "P2PNET_BOOTSTRAP"}
         processes = []
         try:
             for number in range(nodes):
@@ -116,7 +111,12 @@ def local_swarm(nodes: int) -> Iterator[str]:
                 pipe = subprocess.PIPE
                 with log.open("a") as errors:
                     process = subprocess.Popen(
-                        command, stdin=pipe, stdout=pipe, stderr=errors, text=True
+                        command,
+                        stdin=pipe,
+                        stdout=pipe,
+                        stderr=errors,
+                        text=True,
+                        env=environment,
                     )
                 processes.append(process)
                 line = process.stdout.readline()
@@ -132,8 +132,7 @@ def local_swarm(nodes: int) -> Iterator[str]:
 
 
 def run(options: argparse.Namespace, data_dir: str | None) -> None:
-    text = encode("\n\n".join(topics.topics[name] for name in sorted(topics.topics)))
-    held = text[-20_000:]  # not seen in training
+    text = open_text("python-reference:train")
     model = CharTransformer(options.width, options.blocks, options.context)
     began = time.monotonic()
 
@@ -156,10 +155,11 @@ def run(options: argparse.Namespace, data_dir: str | None) -> None:
             batch_max=256,
         )
         net.train(
-            windows(text[:-20_000], options.context, options.batch_size, options.steps),
+            windows(text, options.context, options.batch_size, options.steps),
             on_step=on_step,
         )
-        bits = bits_per_character(net, held, options.context)
+        unseen = open_text("python-reference:test")[:20_000]
+        bits = bits_per_character(net, unseen, options.context)
         print(f"on text that it has not seen: {bits:.2f} bits a character")
         began = time.monotonic()
         print(f"\n{options.prompt}", end="")

@@ -8,13 +8,11 @@ can be done again. Whoever waits for a step waits a little longer and notices no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from p2pnet.client.events import (
     Batch,
     BatchGiven,
-    Deliver,
     Effect,
     Event,
     FeedFailed,
@@ -36,6 +34,7 @@ from p2pnet.client.events import (
     Told,
 )
 from p2pnet.client.link import LOOK_FURTHER, REASON_CHARS_MAX, SAY_S, Link
+from p2pnet.client.results import Results
 from p2pnet.errors import (
     P2PNetError,
     RefusedError,
@@ -48,7 +47,6 @@ from p2pnet.v1 import orchestrator_pb2 as pb
 
 STALL_S = 20.0  # without a word after a batch went out: ask the orchestrator to look.
 STALL_MAX_S = 160.0  # It doubles each time: what it does about it may take longer than this.
-RESULT_S = 2.0  # for the results of steps that were decided unheard
 RECOVERIES_QUIET = 3  # between two commits; more are worth a word
 HELD_STEPS_MAX = 4096
 HELD_BYTES_MAX = 1 << 30
@@ -67,13 +65,13 @@ class Feed:
         self._name = name
         self._link = Link(name)
         self._greeted = 0  # the stream that was told what we want
-        # committed <= decided <= out <= last; decided and delivered <= fed <= last
+        # committed <= decided <= out <= last; decided and what is delivered <= fed <= last
         self._started = False
         self._held: dict[int, Batch] = {}  # of the steps after `committed`
         self._held_bytes = 0
         self._committed = 0
         self._decided = 0  # in this epoch
-        self._delivered = 0
+        self._results = Results()
         self._fed = 0  # the newest step that ever went out
         self._last = 0  # the newest step that there is a batch for
         self._out = 0  # the newest step that is out in this epoch; `decided`, where none is
@@ -84,7 +82,6 @@ class Feed:
         self._norms_kept = 0
         self._stall_s = STALL_S
         self._locations: dict[str, str] = {}
-        self._unheard_by: float | None = None  # results of decided steps are awaited until then
         self._ending = False
         self._pausing_since: float | None = None  # all that is held is to be committed first
         self._said_pause = False
@@ -119,8 +116,8 @@ class Feed:
         if self.over:
             return None
         times = self._link.deadlines()
-        if self._unheard_by is not None:
-            times.append(self._unheard_by)
+        if self._results.due is not None:
+            times.append(self._results.due)
         if self._out > self._decided:
             times.append(self._since + self._stall_s)
         if self._pausing_since is not None and not self._said_pause:
@@ -132,8 +129,8 @@ class Feed:
         assert list(self._held) == list(range(self._committed + 1, self._last + 1))
         assert self._held_bytes == sum(batch.size_bytes for batch in self._held.values())
         assert self._committed <= self._decided <= self._fed <= self._last
-        assert self._delivered <= self._fed
-        assert (self._delivered < self._decided) == (self._unheard_by is not None)
+        assert self._results.delivered <= self._fed
+        assert (self._results.delivered < self._decided) == (self._results.due is not None)
         assert self._decided <= self._out <= min(self._fed, self._decided + self._window)
         assert self._link.ready or self._out == self._decided
         assert self.over or not self._link.ready or self._told_step == self._decided
@@ -226,7 +223,8 @@ class Feed:
             return
         if not self._started:
             self._started = True
-            self._committed = self._delivered = self._fed = self._last = step
+            self._committed = self._fed = self._last = step
+            self._results.begin(step)
             effects.append(Started(step, ready.graph))
         elif ready.epoch > epoch and not self._told_why:
             self._recover(why, effects)
@@ -239,7 +237,7 @@ class Feed:
         if step > self._fed:
             raise RefusedError(
                 f"somebody else has trained {self._name} meanwhile: it is at step {step}, and "
-                f"this run was at {self._delivered}"
+                f"this run was at {self._results.delivered}"
             )
         self._locations = {
             location.vnode: location.host for location in ready.locations if not location.standby
@@ -247,7 +245,7 @@ class Feed:
         self._told_why = False
         self._decided = self._out = self._told_step = step
         self._norms = tuple(ready.norms[-NORMS_MAX:])
-        self._unheard_by = now + RESULT_S if step > self._delivered else None
+        self._results.await_until(step, now)
         self._commit(ready.step, effects)
 
     def _step_decided(self, decided: pb.StepDecided, now: float, effects: list[Effect]) -> None:
@@ -255,28 +253,14 @@ class Feed:
         if not self._link.ready or decided.epoch != self._link.epoch:
             return
         result = StepResult(step, decided.loss, decided.correct, decided.samples)
-        if self._delivered < step <= self._decided:  # it was decided before, and is told again
-            self._deliver(result, effects)
+        if step <= self._decided:  # it was decided before, and is told again
+            self._results.deliver(result, effects)
         elif step == self._decided + 1 and self._is_out(step):
-            self._deliver_unheard(effects)
+            self._results.give_up(effects)
             self._decided, self._since = step, now
             if self._norms_kept:
                 self._norms = (*self._norms, decided.norm)[-self._norms_kept :]
-            if step > self._delivered:
-                self._deliver(result, effects)
-
-    def _deliver(self, result: StepResult, effects: list[Effect]) -> None:
-        """With those before that are lost: results come in order."""
-        for step in range(self._delivered + 1, result.step):
-            effects.append(Deliver(_lost(step)))
-        self._delivered = result.step
-        effects.append(Deliver(result))
-        if self._delivered >= self._decided:
-            self._unheard_by = None
-
-    def _deliver_unheard(self, effects: list[Effect]) -> None:
-        if self._unheard_by is not None:
-            self._deliver(_lost(self._decided), effects)
+            self._results.deliver(result, effects)
 
     def _commit(self, step: int, effects: list[Effect]) -> None:
         if step <= self._committed:
@@ -312,7 +296,7 @@ class Feed:
         if not self._link.ready or not done.step == self._decided == self._last:
             return  # of a run that we have not ended
         self._commit(done.step, effects)
-        self._deliver_unheard(effects)
+        self._results.give_up(effects)
         if self._ending:
             self.over = True
             effects.append(Finished(done))
@@ -324,8 +308,8 @@ class Feed:
     def _advance(self, now: float, effects: list[Effect]) -> None:
         """Does what the state and the time ask for."""
         link = self._link
-        if self._unheard_by is not None and now >= self._unheard_by:
-            self._deliver_unheard(effects)
+        if self._results.due is not None and now >= self._results.due:
+            self._results.give_up(effects)
         is_out = self._out > self._decided
         if is_out and now >= self._since + self._stall_s:
             reason = f"nothing was decided for {self._stall_s:g} s"
@@ -394,7 +378,3 @@ class Feed:
         if self._link.up:
             self._link.hang_up(str(error), now, effects)
         effects.append(GiveUp(error))
-
-
-def _lost(step: int) -> StepResult:
-    return StepResult(step, math.nan, 0, 0, known=False)

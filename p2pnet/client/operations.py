@@ -344,6 +344,20 @@ def node_weight(builder: Builder, weight: Weight) -> Tensor:
     return value
 
 
+def _sub(builder: Builder, node: fx.Node, given: Given) -> Any:
+    """x - y is x + -1 * y, to the bit."""
+    one, other = _two(node, given)
+    if not (isinstance(one, Ref) and isinstance(other, Ref) and one.shape == other.shape):
+        raise unsupported(node, "a difference of other shapes", "subtract tensors of one shape")
+    name = builder.named(node, "minus")
+    negative = builder.add(name, "Scale", {"factor": -1.0}, [other], other.shape)
+    return _emit(builder, node, "Add", {}, [one, negative])
+
+
+def _neg(builder: Builder, node: fx.Node, given: Given) -> Any:
+    return _emit(builder, node, "Scale", {"factor": -1.0}, [given["x"]])
+
+
 def _mul(builder: Builder, node: fx.Node, given: Given) -> Any:
     one, other = _two(node, given)
     if isinstance(one, int | float):
@@ -487,6 +501,8 @@ def _pool(kind: str, *keys: str) -> Operation:
 
 _OPERATIONS: dict[str, Operation] = {
     **dict.fromkeys(("add", "iadd", "add_"), _add),
+    **dict.fromkeys(("sub", "isub"), _sub),
+    "neg": _neg,
     **dict.fromkeys(("mul", "imul", "multiply"), _mul),
     **dict.fromkeys(("truediv", "div"), _div),
     **dict.fromkeys(("relu", "relu_"), _same_shape("ReLU")),
@@ -522,8 +538,6 @@ def _advice(name: str) -> str:
         )
     if name in ("layer_norm", "batch_norm", "conv2d", "embedding", "rms_norm"):
         return "make it a layer of torch.nn, so that its weights are a layer's"
-    if name in ("sub", "rsub", "neg"):
-        return "add what is multiplied by -1"
     return "docs/models.md lists what there is; rewrite the forward with that"
 
 

@@ -40,6 +40,7 @@ from p2pnet.orchestrator.agreement import Agreement
 from p2pnet.orchestrator.asks import Ask, Asks
 from p2pnet.orchestrator.desk import REASON_CHARS_MAX, Desk
 from p2pnet.orchestrator.feeding import refused
+from p2pnet.orchestrator.logbook import Entry, Logbook
 from p2pnet.orchestrator.moving import Move
 from p2pnet.orchestrator.relocations import Relocations
 from p2pnet.orchestrator.sightings import closed_by_owner
@@ -55,7 +56,6 @@ BACKOFF_S = 0.05
 BACKOFF_MAX_S = 60.0
 IMPROVE_S = 30.0
 KEEPER_GONE_S = 30.0
-LOG_PATIENCE_S = 60.0
 LIMITED_S = 60.0  # between looks whether the owner's limits allow more
 WELL_S = 60.0
 GONE_MAX = 10_000
@@ -76,14 +76,6 @@ class Phase(Enum):
     READY = auto()
     WAITING = auto()  # to plan again
     OVER = auto()
-
-
-class _Entry(Enum):
-    """What is being appended to the log."""
-
-    CLAIM = auto()
-    COMMIT = auto()
-    CLOSING = auto()
 
 
 class Conductor:
@@ -119,6 +111,7 @@ class Conductor:
             alive={key.peer_id: None},
         )
         self._training = Training(self._desk)
+        self._logbook = Logbook(self._desk)
         self._agreement = Agreement(self._desk, self._training)
         self._watch = Watch(self._desk)
         self._asks = Asks(self._desk)
@@ -129,10 +122,6 @@ class Conductor:
         self._tries = 0  # allocations in a row that were not agreed to
         self._plans: dict[m.Purpose, None] = {}  # that are being made
         self._setback = ""  # that steps were lost, and which, until there is a commit
-        self._reading = False
-        self._waits_for_log: float | None = None  # since when it takes nothing of ours
-        self._appending: _Entry | None = None
-        self._sent: common_pb2.Signed | None = None
         self._move: Move | None = None
         self._gone: dict[str, None] = {}  # members that are no more, and have not come back
         self._resume_at: float | None = None
@@ -165,7 +154,6 @@ class Conductor:
     def check(self) -> None:
         """See `p2pnet.core.Core`."""
         self._training.check()
-        assert (self._appending is None) == (self._sent is None)
         assert self._desk.ready == (self.phase is Phase.READY)
         if self._desk.ready:
             assert sorted(self.placement) == sorted(self.graph.vnodes())
@@ -237,7 +225,7 @@ class Conductor:
 
         Others may reach the log's keepers. If they do, they claim; if not, nothing is lost.
         """
-        return self._waits_for_log is None or now < self._waits_for_log + LOG_PATIENCE_S
+        return self._logbook.holds(now)
 
     def needs(self, peer_id: str) -> bool:
         """Whether a peer hosts or follows a VNode, is about to, or keeps the log."""
@@ -276,7 +264,7 @@ class Conductor:
         match event:
             case m.Begin():
                 self._begin = event
-                self._read_log()
+                self._logbook.read()
             case m.LogRead():
                 self._log_read(event)
             case m.LogSilent():
@@ -293,7 +281,7 @@ class Conductor:
                 self._host_ready(event)
             case m.Beaten() | m.NotBeaten():
                 if self._watch.take(event):
-                    self._read_log()
+                    self._logbook.read()
             case m.Released():
                 self._desk.hosts.released(event.host, event.heard)
             case m.MemberGone():
@@ -324,7 +312,7 @@ class Conductor:
         if self._resume_at is not None and now >= self._resume_at:
             self._resume_at = None
             if self._begin is not None:
-                self._read_log()
+                self._logbook.read()
             else:
                 self._plan()
         if self.phase is Phase.READY:
@@ -341,36 +329,24 @@ class Conductor:
 
     # The log
 
-    def _read_log(self) -> None:
-        if not self._reading:
-            self._reading = True
-            self._desk.out.append(m.ReadLog(self.history.next_slot))
-
     def _log_read(self, event: m.LogRead) -> None:
-        self._reading = False
-        self._waits_for_log = None
         commit, states = self.history.commit, self.states
-        if self._appending is None:  # else the answer to that will tell
-            try:
-                self.history.extend(event.entries)
-            except RemoteError as error:
-                self._log_silent(str(error))
-                return
-        if self.history.closing is not None:
+        if bad := self._logbook.was_read(event.entries):
+            self._log_silent(bad)
+        elif self.history.closing is not None:
             self._closed()
         elif self._begin is not None:
             self._begin_with_log(self._begin)
         elif self._is_lost(self.epoch):
             self._lost()
-        elif self.history.commit is not commit and self.history.orchestrator == self._me:
+        elif self._has_committed_after(commit):
             self._committed(states)  # ours, of which we have not heard that it is in the log
 
     def _log_silent(self, reason: str) -> None:
-        self._reading = False
+        self._logbook.was_silent()
         if self._begin is None:
             return  # it was only looked into; commits and claims will tell
-        if self._waits_for_log is None:
-            self._waits_for_log = self._desk.now
+        self._logbook.waits()
         if self._begin.epoch == 0:
             self._over(FAILED, f"the network's log cannot be reached: {reason}")
         else:
@@ -400,54 +376,44 @@ class Conductor:
         history = self.history
         return history.epoch > epoch and history.orchestrator != self._me
 
-    def _append(self, what: _Entry, entry: common_pb2.Signed) -> None:
-        self._appending, self._sent = what, entry
-        self._desk.out.append(m.Append(entry))
+    def _has_committed_after(self, commit: log_pb2.Commit | None) -> bool:
+        """Whether the log's last commit is ours, and of a later step; a claim may undo one."""
+        last = self.history.commit
+        is_new = last is not None and (commit is None or last.step > commit.step)
+        return is_new and self.history.orchestrator == self._me
 
     def _appended(self, winner: common_pb2.Signed) -> None:
-        what, sent = self._appending, self._sent
-        if what is None or sent is None:
-            return
-        before, commit, states = self.history.epoch, self.history.commit, self.states
-        try:
-            void = self.history.add(winner)
-        except RemoteError as error:
-            self._not_appended(str(error))
-            return
-        self._appending = self._sent = self._waits_for_log = None
-        if self.history.closing is not None:
+        written = self._logbook.was_appended(winner)
+        if isinstance(written, str):
+            self._not_appended(written)
+        elif written is None:
+            pass
+        elif self.history.closing is not None:
             self._closed()
-            return
-        if self._is_lost(before):
+        elif self._is_lost(written.epoch):
             self._lost()
-            return
-        ours = winner.payload == sent.payload
-        if ours and void:
-            self._over(FAILED, f"an entry of the log does not count: {void}")
-            return
-        if self.history.commit is not commit and self.history.orchestrator == self._me:
-            self._committed(states)  # by this one, or one of ours that we had given up
-        if what is _Entry.CLAIM and ours:
-            self._claimed(winner)
+        elif written.ours and written.void:
+            self._over(FAILED, f"an entry of the log does not count: {written.void}")
         else:
-            self._write()
+            if self._has_committed_after(written.commit):
+                self._committed(written.states)  # by this one, or one that we had given up
+            if written.what is Entry.CLAIM and written.ours:
+                self._claimed(winner)
+            else:
+                self._write()
 
     def _not_appended(self, reason: str) -> None:
-        what = self._appending
-        self._appending = self._sent = None
-        if self._waits_for_log is None:
-            self._waits_for_log = self._desk.now
-        if what is _Entry.CLOSING:
-            self._waits_for_log = None  # and nothing else waits
+        what = self._logbook.was_not_appended()
+        if what is Entry.CLOSING:
             self._asks.closed(FAILED, f"the log cannot be written: {reason}")
-        if what is _Entry.COMMIT:
+        if what is Entry.COMMIT:
             self._training.not_committed(reason)
         if self.phase is Phase.CLAIMING:
             self._wait(reason)
 
     def _write(self) -> None:
         """The log is free for what waits for it, if it is."""
-        if self._appending is not None:
+        if self._logbook.writing:
             return
         if self._asks.closing is not None:
             self._close(self._asks.closing[1])
@@ -455,7 +421,7 @@ class Conductor:
             # What is stored already need not be done again: before a claim, too.
             commit = self._training.commit_entry()
             if commit is not None:
-                self._append(_Entry.COMMIT, commit)
+                self._logbook.append(Entry.COMMIT, commit)
             elif self.phase is Phase.CLAIMING:
                 self._claim()
 
@@ -505,7 +471,6 @@ class Conductor:
             self._noticed_at = desk.now
         self._reason = reason[:REASON_CHARS_MAX]
         self._move = None
-        self._agreement.lives_from = 0
         desk.ready = False
         desk.state = "recovering" if desk.placement else "placing"
         desk.note("recovering", reason=self._reason, epoch=desk.epoch)
@@ -587,7 +552,7 @@ class Conductor:
             else:
                 self._over(FAILED, str(error))
             return
-        self._append(_Entry.CLAIM, entry)
+        self._logbook.append(Entry.CLAIM, entry)
 
     def _give_up(self) -> None:
         """The last commit's states are lost, and there is no commit to go back to.
@@ -634,7 +599,7 @@ class Conductor:
         else:
             was_last = agreement.refused(event.host, event.reason, event.code)
             if event.code in LOOK_INTO_THE_LOG:
-                self._read_log()
+                self._logbook.read()
         if was_last:
             self._all_answered()
 
@@ -807,7 +772,7 @@ class Conductor:
             self._asks.closed(common_pb2.REFUSAL_CODE_NOT_GRANTED, str(error))
             self._write()
             return
-        self._append(_Entry.CLOSING, entry)
+        self._logbook.append(Entry.CLOSING, entry)
 
     # The end
 
@@ -829,7 +794,7 @@ class Conductor:
         desk.detail = reason
         self._resume_at = self._move = None
         self._agreement.forget()
-        self._appending = self._sent = None
+        self._logbook.forget()
         self._training.end(STALE if code == DRAINING else code, reason)
         self._asks.refuse_all(code, reason)
         desk.out.append(m.Withdraw())

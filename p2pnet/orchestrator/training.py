@@ -123,14 +123,8 @@ class Training:
 
     @property
     def undecided_work(self) -> bool:
-        """Whether something is decided, or on its way, that the log does not have and will have.
-
-        What a `local` network has done after its last cut is lost with its feeder.
-        """
-        if self._cuts.busy:
-            return True
-        doomed = self._ledger.local and not self.feeding
-        return not doomed and self._ledger.decided > self._desk.committed_step
+        """Whether something is decided, or on its way, that the log does not have."""
+        return self._ledger.decided > self._desk.committed_step or self._cuts.busy
 
     @property
     def live_step(self) -> int:

@@ -105,6 +105,11 @@ class Hosted:
         state = self.states[vnode]
         self.states[vnode] = _hash(b"apply", state, b"%d" % step, packed, repr(norm).encode())
 
+    def complete(self, vnode: str, step: int) -> bool:
+        """Whether all that the VNode applies for the step is held."""
+        held = self._held.get(step, {}).get(vnode, {})
+        return len(held) == self.graph.micro_batches * len(self.graph.entries(vnode))
+
     def squares(self, step: int) -> list[float]:
         """What the global norm of the gradients is made of."""
         held = self._held.get(step, {})

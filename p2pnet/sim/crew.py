@@ -14,6 +14,7 @@ from p2pnet.sim.driver import Driver
 from p2pnet.sim.machine import Machine
 from p2pnet.v1 import common_pb2, orchestrator_pb2, vnode_pb2
 from p2pnet.vnode.edges import pace_of
+from p2pnet.vnode.follow import Follow
 from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.messages import (
     ActivationArrived,
@@ -53,15 +54,40 @@ class Hop:
     event: Arrival | Decided
 
 
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """What a VNode holds for a step, on its way to a standby."""
+
+    network_id: str
+    vnode: str
+    epoch: int
+    step: int
+    packed: bytes
+    decided: int
+    norms: tuple[float, ...]
+
+
+class Loading(Protocol):
+    """Whoever begins with states."""
+
+    network_id: str
+    graph: CompiledGraph
+    begins_with: dict[str, common_pb2.BlobRef]
+
+
 class Surroundings(Protocol):
     """What a crew needs of its host."""
 
-    def load(self, crew: Crew, vnode: str, done: Callable[[bytes | None, str], None]) -> None:
+    def load(self, who: Loading, vnode: str, done: Callable[[bytes | None, str], None]) -> None:
         """Fetches the state that a VNode begins with; None: it is not to be had, and why."""
         ...
 
     def hop(self, crew: Crew, arrival: Arrival, done: Callable[[], None]) -> None:
         """Sends a tensor to another host; trouble comes back as `Crew.trouble`."""
+        ...
+
+    def follow(self, standby: str, followed: Followed, done: Callable[[bool], None]) -> None:
+        """Sends what is held to a standby; `done` hears whether it took it."""
         ...
 
     def tell(self, crew: Crew, report: orchestrator_pb2.ReportRequest) -> None:
@@ -87,9 +113,12 @@ class Crew(Driver[Event, Effect]):
         epoch: int,
         base_step: int,
         states: Mapping[str, common_pb2.BlobRef],
+        standbys: Mapping[str, Sequence[str]],
+        adopted: Mapping[str, bytes] | None,
         around: Surroundings,
         compute_s: float,
     ) -> None:
+        """`adopted`: the states to go on from, where that is not a cut."""
         super().__init__(machine)
         self.network_id = network_id
         self.claimant = claimant
@@ -105,7 +134,8 @@ class Crew(Driver[Event, Effect]):
         self._core = StepCore(
             graph.name, self._stages, pace_of(graph), epoch=epoch, base_step=base_step
         )
-        self._hosted: Hosted | None = None
+        self.standbys = standbys
+        self._hosted = None if adopted is None else Hosted(graph, adopted)
         self._when: list[tuple[Callable[[], None], Callable[[str], None]]] = []
         self._waiting: deque[Effect] = deque()
         self._busy = False
@@ -142,6 +172,17 @@ class Crew(Driver[Event, Effect]):
                 self._saves.setdefault(step, []).append(done)
 
         self._when_loaded(have, lambda why: done(None, why))
+
+    def give(self, vnode: str, step: int, norm: float) -> bytes | None:
+        """The state of a VNode after a step, which is decided, if it can be had."""
+        hosted, applied = self._hosted, self._core.applied_step
+        if hosted is None or applied not in (step, step - 1):
+            return None
+        if applied == step - 1:
+            if not hosted.complete(vnode, step):
+                return None
+            hosted.follow(vnode, step, hosted.pack(vnode, step), norm)
+        return hosted.states[vnode]
 
     def close(self) -> None:
         """Stops: the epoch is over, or the VNodes have gone elsewhere."""
@@ -254,14 +295,40 @@ class Crew(Driver[Event, Effect]):
                     held.samples = metrics.samples
                 if self.graph.clip_norm and self._hosted is not None:
                     held.squares.extend(self._hosted.squares(step))
-                report = orchestrator_pb2.ReportRequest(
-                    id=self._id(step), vnode=self.vnodes[0], held=held, vnodes=self.vnodes
-                )
-                self._around.tell(self, report)
+                self._report(step, held)
             case Trouble(step, _, reason, bad_input):
                 self.trouble(step, "", reason, bad_input=bad_input)
             case _:
                 pass  # a refusal was given to whoever sent the message
+
+    def _report(self, step: int, held: orchestrator_pb2.Held) -> None:
+        """Once the standbys have what is held, or do not take it."""
+        pairs = [(v, peer) for v in self.vnodes for peer in self.standbys.get(v, ())]
+        waiting = len(pairs)
+
+        def tell() -> None:
+            if not self.closed:
+                report = orchestrator_pb2.ReportRequest(
+                    id=self._id(step), vnode=self.vnodes[0], held=held, vnodes=self.vnodes
+                )
+                self._around.tell(self, report)
+
+        def done(vnode: str, taken: bool) -> None:
+            nonlocal waiting
+            waiting -= 1
+            if not taken and vnode not in held.unfollowed:
+                held.unfollowed.append(vnode)
+            if not waiting:
+                tell()
+
+        if not pairs:
+            tell()
+        decided, norms = self._core.decision()
+        for vnode, peer in pairs:
+            assert self._hosted is not None
+            packed = self._hosted.pack(vnode, step)
+            followed = Followed(self.network_id, vnode, self.epoch, step, packed, decided, norms)
+            self._around.follow(peer, followed, partial(done, vnode))
 
     def _hop(self, arrival: Arrival, sent: Callable[[], None]) -> None:
         if self.graph.home(arrival.node) not in self.vnodes:
@@ -308,6 +375,62 @@ class Crew(Driver[Event, Effect]):
 
     def _id(self, step: int) -> vnode_pb2.StepId:
         return vnode_pb2.StepId(network_id=self.network_id, epoch=self.epoch, step=step)
+
+
+class Following:
+    """VNodes that are followed here, under one epoch: what `vnode/standby.py` does."""
+
+    def __init__(
+        self,
+        network_id: str,
+        graph: CompiledGraph,
+        vnodes: Sequence[str],
+        *,
+        epoch: int,
+        base_step: int,
+        states: Mapping[str, common_pb2.BlobRef],
+        adopted: Mapping[str, bytes] | None,
+        around: Surroundings,
+    ) -> None:
+        self.network_id = network_id
+        self.graph = graph
+        self.vnodes = tuple(vnodes)
+        self.epoch = epoch
+        self.begins_with = dict(states)
+        clips = graph.clip_norm > 0
+        self._cores = {vnode: Follow(base_step, clips=clips) for vnode in vnodes}
+        self._states = dict(adopted or {})
+        if adopted is None:
+            for vnode in vnodes:
+                around.load(self, vnode, partial(self._loaded, vnode))
+
+    def _loaded(self, vnode: str, state: bytes | None, why: str) -> None:
+        if state is not None:
+            self._states[vnode] = state
+
+    def follow(self, followed: Followed) -> common_pb2.Refusal | None:
+        """Takes what a VNode holds for a step, and applies what is decided."""
+        vnode = followed.vnode
+        if vnode not in self._states:
+            return refusal("REFUSAL_CODE_FAILED", "its state is not here yet")
+        self._apply(vnode, followed.decided, followed.norms)
+        why = self._cores[vnode].take(followed.step, followed.packed)
+        self._cores[vnode].check()
+        return refusal("REFUSAL_CODE_FAILED", why) if why else None
+
+    def give(self, vnode: str, step: int, norms: Sequence[float]) -> bytes | None:
+        """The state of a VNode after a step, which is decided, if it can be had."""
+        if vnode not in self._states:
+            return None
+        self._apply(vnode, step, norms)
+        return self._states[vnode] if self._cores[vnode].applied_step == step else None
+
+    def _apply(self, vnode: str, decided: int, norms: Sequence[float]) -> None:
+        hosted = Hosted(self.graph, {vnode: self._states[vnode]})
+        for step, norm, packed in self._cores[vnode].decided(decided, norms):
+            hosted.follow(vnode, step, packed, norm)
+            self._states[vnode] = hosted.states[vnode]
+            self._cores[vnode].applied(step)
 
 
 def _tensors(payloads: Sequence[Any]) -> list[bytes]:

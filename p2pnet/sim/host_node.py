@@ -11,7 +11,7 @@ from p2pnet.keys import ACCEPTANCE, sha256
 from p2pnet.sim.calls import Calls
 from p2pnet.sim.compute import initial
 from p2pnet.sim.connections import Later
-from p2pnet.sim.crew import Crew, Hop
+from p2pnet.sim.crew import Crew, Followed, Following, Hop, Loading
 from p2pnet.sim.driver import Driver
 from p2pnet.sim.hints import Hints
 from p2pnet.sim.log_client import WasRead
@@ -20,7 +20,6 @@ from p2pnet.v1 import common_pb2, orchestrator_pb2, pnode_pb2, records_pb2, vnod
 from p2pnet.vnode import tenancy_events as te
 from p2pnet.vnode.admission import Limits
 from p2pnet.vnode.blob_ages import BlobAges
-from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.messages import Arrival, Decided
 from p2pnet.vnode.network import refusal
 from p2pnet.vnode.tenancy import Tenancy
@@ -73,6 +72,7 @@ class HostNode(Driver[te.Event, te.Effect]):
         methods["PNode/Drop"] = self._drop
         methods["PNode/Describe"] = lambda caller, request: pnode_pb2.DescribeReply()
         methods["VNode/Train"] = self._train
+        methods["VNode/Follow"] = self._follow
         methods["VNode/Save"] = self._save
         methods["Blob/Put"] = self._put
         methods["Blob/Get"] = self._get
@@ -86,6 +86,10 @@ class HostNode(Driver[te.Event, te.Effect]):
         limits = Limits(machine.peer_id, MEMORY_BYTES)
         self.core = Tenancy.load(limits, machine.disk.get(_KNOWN, {}))
         self.crews: dict[str, Crew] = {}
+        self._following: dict[str, Following] = {}
+        # Of networks whose claim is over: a newer one may go on from there.
+        self._kept: dict[str, tuple[Crew | None, Following | None]] = {}
+        self._cannot: dict[str, str] = {}  # why a network could not go on from memory
         self._ages = BlobAges(dict.fromkeys(self.blobs, machine.now))
         self._locations: dict[str, dict[str, str]] = {}
         self._asks: dict[int, Callable[[common_pb2.Refusal | None], None]] = {}
@@ -108,6 +112,8 @@ class HostNode(Driver[te.Event, te.Effect]):
 
     def _allocate(self, caller: str, request: pnode_pb2.AllocateRequest) -> Later:
         def reply(no: common_pb2.Refusal | None) -> pnode_pb2.AllocateReply:
+            if no is None and (why := self._cannot.get(request.network_id)):
+                no = refusal("REFUSAL_CODE_FAILED", why)
             if no is not None:
                 return pnode_pb2.AllocateReply(refusal=no)
             return pnode_pb2.AllocateReply(
@@ -306,12 +312,33 @@ class HostNode(Driver[te.Event, te.Effect]):
             no = crew.take(event)
         return vnode_pb2.HopReply(refusal=no)
 
-    def load(self, crew: Crew, vnode: str, done: Callable[[bytes | None, str], None]) -> None:
+    def _follow(self, caller: str, followed: Followed) -> vnode_pb2.HopReply:
+        no = self.core.refuse(
+            followed.network_id, followed.epoch, followed.vnode, self._now_here(), following=True
+        )
+        following = self._following.get(followed.network_id)
+        if no is None and (following is None or followed.vnode not in following.vnodes):
+            no = refusal("REFUSAL_CODE_NOT_HOSTED", f"this peer does not follow {followed.vnode}")
+        if no is None and following is not None:
+            no = following.follow(followed)
+        return vnode_pb2.HopReply(refusal=no)
+
+    def load(self, who: Loading, vnode: str, done: Callable[[bytes | None, str], None]) -> None:
         """See `Surroundings`."""
-        if vnode in crew.begins_with:
-            self._fetch(crew.network_id, crew.begins_with[vnode], done)
+        if vnode in who.begins_with:
+            self._fetch(who.network_id, who.begins_with[vnode], done)
         else:
-            done(initial(crew.graph.seed, vnode), "")
+            done(initial(who.graph.seed, vnode), "")
+
+    def follow(self, standby: str, followed: Followed, done: Callable[[bool], None]) -> None:
+        """See `Surroundings`."""
+        self._calls.call(
+            standby,
+            "VNode/Follow",
+            followed,
+            timeout_s=HOP_TIMEOUT_S,
+            done=lambda reply: done(reply is not None and not reply.HasField("refusal")),
+        )
 
     def hop(self, crew: Crew, arrival: Arrival, done: Callable[[], None]) -> None:
         """See `Surroundings`: as `vnode/courier.py` does it."""
@@ -395,11 +422,10 @@ class HostNode(Driver[te.Event, te.Effect]):
                     disk.pop(network_id, None)
                 else:
                     disk[network_id] = data
-            case te.Begin(tenant, offer, request):
-                self._end(tenant.network_id)
-                self._begin(tenant, offer.graph, request)
-            case te.End(network_id=network_id):
-                self._end(network_id)
+            case te.Begin():
+                self._begin(effect)
+            case te.End(network_id=network_id, keep=keep):
+                self._end(network_id, keep)
             case te.Reply(ask, no):
                 self._asks.pop(ask)(no)
 
@@ -413,30 +439,81 @@ class HostNode(Driver[te.Event, te.Effect]):
             event = te.LogRead(network_id, entries)
         self.hand_in(event, _CODE, b"%d" % len(entries or ()))
 
-    def _begin(
-        self, tenant: te.Tenant, graph: CompiledGraph, request: pnode_pb2.AllocateRequest
-    ) -> None:
+    def _begin(self, effect: te.Begin) -> None:
+        tenant, graph, request = effect.tenant, effect.offer.graph, effect.request
         network_id = tenant.network_id
+        kept = self._kept.pop(network_id, (None, None))
+        self._end(network_id, keep=False)
+        self._cannot.pop(network_id, None)
         self._locations[network_id] = {
             location.vnode: location.host for location in request.locations if not location.standby
         }
-        self.crews[network_id] = Crew(
-            self.machine,
-            network_id,
-            tenant.claimant,
-            graph,
-            request.vnodes,
-            epoch=tenant.epoch,
-            base_step=int(request.step),
-            states=request.states,
-            around=self,
-            compute_s=self.compute_s,
-        )
+        live_step = int(request.live_step) if effect.live else 0
+        adopted = None
+        if live_step:
+            vnodes = (*tenant.sizes, *tenant.following)
+            adopted = self._adopt(kept, vnodes, live_step, tuple(request.norms))
+            if adopted is None:
+                self._cannot[network_id] = f"this peer cannot go on from step {live_step}"
+                return
+        base_step = live_step or int(request.step)
+        if tenant.sizes:
+            self.crews[network_id] = Crew(
+                self.machine,
+                network_id,
+                tenant.claimant,
+                graph,
+                tuple(tenant.sizes),
+                epoch=tenant.epoch,
+                base_step=base_step,
+                states=request.states,
+                standbys=effect.offer.standbys,
+                adopted=None if adopted is None else {v: adopted[v] for v in tenant.sizes},
+                around=self,
+                compute_s=self.compute_s,
+            )
+        if tenant.following:
+            self._following[network_id] = Following(
+                network_id,
+                graph,
+                tuple(tenant.following),
+                epoch=tenant.epoch,
+                base_step=base_step,
+                states=request.states,
+                adopted=None if adopted is None else {v: adopted[v] for v in tenant.following},
+                around=self,
+            )
 
-    def _end(self, network_id: str) -> None:
+    def _adopt(
+        self,
+        kept: tuple[Crew | None, Following | None],
+        vnodes: tuple[str, ...],
+        step: int,
+        norms: tuple[float, ...],
+    ) -> dict[str, bytes] | None:
+        """The states after a step out of what ran here before; None: not all are to be had."""
+        crew, following = kept
+        states: dict[str, bytes] = {}
+        for vnode in vnodes:
+            state = None
+            if crew is not None and vnode in crew.vnodes:
+                state = crew.give(vnode, step, norms[-1] if norms else 0.0)
+            elif following is not None and vnode in following.vnodes:
+                state = following.give(vnode, step, norms)
+            if state is None:
+                return None
+            states[vnode] = state
+        return states
+
+    def _end(self, network_id: str, keep: bool) -> None:
         crew = self.crews.pop(network_id, None)
+        following = self._following.pop(network_id, None)
         if crew is not None:
             crew.close()
+        if not keep:
+            self._kept.pop(network_id, None)
+        elif crew is not None or following is not None:
+            self._kept[network_id] = crew, following
 
     # Small things
 
@@ -472,6 +549,7 @@ class HostNode(Driver[te.Event, te.Effect]):
             role="primary",
             lease_s=request.lease_s,
             manifest=request.manifest,
+            standbys=self.crews[request.network_id].standbys.get(vnode, ()),
         )
         for watcher in self.accept_watchers:
             watcher(request.network_id, vnode, self.peer_id, int(request.epoch), claimant)

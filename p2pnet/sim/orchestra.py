@@ -45,7 +45,7 @@ OWNER = KeyPair.from_seed(sha256(b"owner"))
 
 
 @lru_cache(maxsize=64)
-def chain(name: str, vnodes: int, cut_every: int) -> CompiledGraph:
+def chain(name: str, vnodes: int, cut_every: int, replicas: int = 1) -> CompiledGraph:
     """A chain of so many VNodes, its loss included."""
     inputs = ["x", *(f"fc{number}" for number in range(1, vnodes - 1))]
     layer = {"in_features": 4, "out_features": 4}
@@ -60,7 +60,7 @@ def chain(name: str, vnodes: int, cut_every: int) -> CompiledGraph:
         loss=Draft("loss", "CrossEntropyLoss", {}, (nodes[-1].id,)),
         optimizer="SGD",
         optimizer_config={"lr": 0.1},
-        settings=Settings(cut_every=cut_every),
+        settings=Settings(cut_every=cut_every, replicas=replicas),
     )
 
 
@@ -180,13 +180,14 @@ class Orchestra(Witness):
         steps: int,
         vnodes: int = 3,
         cut_every: int = 2,
+        replicas: int = 1,
         name: str = "job",
         orchestrators: Sequence[int] = (0,),
         granted: Sequence[int] = (),
     ) -> Job:
         """Submits a network to one node, or to several that will race; it is fed at once."""
         world = self.world
-        graph = chain(name, vnodes, cut_every)
+        graph = chain(name, vnodes, cut_every, replicas)
         peers = [node.machine.peer_id for node in self.nodes]
         may = tuple(sorted(peers[number] for number in granted))
         manifest = manifest_of(name, graph.digest, first_keepers(name, peers, may), may)

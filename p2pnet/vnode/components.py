@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from p2pnet.errors import MalformedError, ResourceError
-from p2pnet.vnode.catalogue import LOCAL_HEAD, LOSSES, TIED, find_component
+from p2pnet.vnode.catalogue import LOCAL_HEAD, LOSSES, find_component
 from p2pnet.vnode.config import fill
+from p2pnet.vnode.given import Inputs, form_of
 from p2pnet.vnode.messages import Metrics
 from p2pnet.vnode.modules import CACHED, MODULES, Cache, Embedding, LocalHead
 from p2pnet.vnode.optimizers import Optimizer
-from p2pnet.vnode.rules import DoesNotFit, as_int
+from p2pnet.vnode.rules import as_int
 from p2pnet.vnode.state import BUFFER, OPTIMIZER, PARAM, Expected, check_state
 from p2pnet.vnode.tensors import Array
 
@@ -106,12 +107,12 @@ class Component:
         device: str = "cpu",
         stash: bool = False,
     ) -> None:
-        self._kind = None if type in LOSSES else find_component(vnode, type)
-        keys = LOSSES[type].keys if self._kind is None else self._kind.keys
+        keys = LOSSES[type].keys if type in LOSSES else find_component(vnode, type).keys
         self._config = fill(vnode, keys, config)
         self.vnode = vnode
         self.type = type
-        self.is_loss = self._kind is None or type == LOCAL_HEAD
+        self._given = Inputs(vnode, type, self._config)
+        self.is_loss = type in LOSSES or type == LOCAL_HEAD
         self.draws = any(self._config.get(key, 0.0) for key in ("p", "dropout"))
         self._device = torch.device(device)
         self._stash = stash
@@ -140,7 +141,7 @@ class Component:
         `cache` is one of `new_cache`: the inputs are the next part of its sequence then.
         Raises as `forward`.
         """
-        self._check(inputs, entry, 0 if cache is None else cache.tokens)
+        self._given.check(inputs, entry=entry, before=cache.tokens if cache else 0)
         with self._inputs_fit(inputs), self._evaluating():
             here = [tensor.to(self._device) for tensor in inputs]
             output = self._compute(here, entry, cache)
@@ -173,7 +174,7 @@ class Component:
             MalformedError: inputs that the component cannot take.
             ResourceError: not enough memory.
         """
-        self._check(inputs, entry)
+        self._given.check(inputs, entry=entry)
         wanted = wants_gradient or [True] * len(inputs)
         leaves = [
             tensor.detach().to(self._device).requires_grad_(want and tensor.is_floating_point())
@@ -205,7 +206,7 @@ class Component:
         for gradient in gradients:
             if gradient.shape != output.shape or gradient.dtype != output.dtype:
                 raise MalformedError(
-                    f"{self.vnode} got a gradient {_form(gradient)} for an output {_form(output)}"
+                    f"{self.vnode} got a gradient {form_of(gradient)} for an output {form_of(output)}"
                 )
         if self.is_loss:
             total = torch.full_like(output, weight)
@@ -281,7 +282,7 @@ class Component:
         Raises:
             MalformedError: names, shapes, dtypes or an optimizer's step are not as they have to be.
         """
-        expected = {name: _expected(tensor) for name, tensor in self._weights().items()}
+        expected = {name: form_of(tensor) for name, tensor in self._weights().items()}
         fresh = step == 0 and not any(name.startswith(OPTIMIZER) for name in tensors)
         kept = [] if fresh else self._kept()
         expected |= {name: Expected("float32", shape) for _, _, name, shape in kept}
@@ -345,67 +346,6 @@ class Component:
             setattr(self._module.get_submodule(path), last, fresh)
             self._params[name] = fresh
 
-    def _check(self, inputs: Sequence[Tensor], entry: int = 0, before: int = 0) -> None:
-        """What torch would take, but not as meant: it broadcasts, and ignores some targets.
-
-        `before`: the tokens of the sequence that there were already.
-        """
-        first = inputs[0]
-        alike = all(tensor.ndim and len(tensor) == len(first) for tensor in inputs)
-        if not alike or not len(first):
-            raise self._misfit(inputs)
-        kind = TIED if entry else self._kind
-        whole = kind is not None and kind.whole
-        if first.dtype != (torch.int64 if whole else torch.float32):
-            raise self._misfit(inputs)
-        shapes = tuple(tuple(tensor.shape[1:]) for tensor in inputs)
-        try:
-            if kind is None:
-                self._check_loss(inputs, shapes)
-            elif not kind.inputs_min <= len(inputs) <= kind.inputs_max:
-                raise self._misfit(inputs)
-            else:
-                kind.shape(self._config, shapes)
-        except DoesNotFit:
-            raise self._misfit(inputs) from None
-        if self.type == LOCAL_HEAD:
-            classes = self._config["loss"] == "CrossEntropyLoss"
-            if inputs[1].dtype != (torch.int64 if classes else torch.float32):
-                raise self._misfit(inputs)
-            if classes:
-                self._check_range(
-                    inputs[1], as_int(self._config["out_features"]), "class", "classes"
-                )
-        elif any(tensor.dtype != first.dtype for tensor in inputs) and not self.is_loss:
-            raise self._misfit(inputs)
-        if whole:
-            self._check_range(first, as_int(self._config["num_embeddings"]), "token", "tokens")
-        if self.type == "PositionalEmbedding":
-            most = as_int(self._config["num_embeddings"])
-            if before + first.shape[1] > most:
-                raise MalformedError(
-                    f"{self.vnode} knows {most} places, and the sequence has now "
-                    f"{before + first.shape[1]} tokens"
-                )
-
-    def _check_loss(self, inputs: Sequence[Tensor], shapes: tuple[tuple[int, ...], ...]) -> None:
-        if len(inputs) != 2 or not inputs[1].numel():
-            raise self._misfit(inputs)
-        shape, dtype = LOSSES[self.type].target(self._config, shapes[0])
-        if shapes[1] != shape or inputs[1].dtype != getattr(torch, dtype):
-            raise self._misfit(inputs)
-        if dtype == "int64":
-            classes = inputs[0].shape[as_int(self._config["class_dim"])]
-            self._check_range(inputs[1], classes, "class", "classes")
-
-    def _check_range(self, numbers: Tensor, count: int, one: str, many: str) -> None:
-        low, high = int(numbers.min()), int(numbers.max())
-        if low < 0 or high >= count:
-            raise MalformedError(
-                f"{self.vnode} got {many} {low} to {high} where there are {count} {many}: "
-                f"each {one} has to be 0 to {count - 1}"
-            )
-
     @contextmanager
     def _drawing(self, draw: int) -> Iterator[None]:
         if not self.draws:
@@ -451,7 +391,7 @@ class Component:
             except (RuntimeError, IndexError, ValueError, TypeError) as error:
                 if _no_memory(error):
                     raise
-                raise self._misfit(inputs) from error
+                raise self._given.misfit(inputs) from error
 
     @contextmanager
     def _memory(self) -> Iterator[None]:
@@ -461,10 +401,6 @@ class Component:
             if not _no_memory(error):
                 raise
             raise ResourceError(f"there is not enough memory for {self.vnode}") from None
-
-    def _misfit(self, inputs: Sequence[Tensor]) -> MalformedError:
-        given = " and ".join(map(_form, inputs[:8]))
-        return MalformedError(f"{self.vnode} ({self.type}) cannot take {given}")
 
 
 def clip_scale(norm: float, clip_norm: float) -> float:
@@ -480,14 +416,6 @@ def _sent(tensor: Tensor) -> Tensor:
 
 def _is_count(value: float) -> bool:
     return math.isfinite(value) and value >= 0 and value.is_integer()
-
-
-def _expected(tensor: Tensor) -> Expected:
-    return Expected(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-
-
-def _form(tensor: Tensor) -> str:
-    return str(_expected(tensor))
 
 
 def _no_memory(error: Exception) -> bool:

@@ -404,7 +404,12 @@ def _compile_node(
         count = f"{low}" if low == high else f"{low} to {high}"
         wanted = f"{count} input{'s' * (high > 1)}"
         raise SpecError(f"{draft.id}: {draft.type} takes {wanted}, not {len(draft.inputs)}")
+    for ref in draft.inputs:
+        if ref not in known:
+            raise SpecError(f"{draft.id} takes {ref!r}, a {LOCAL_HEAD}, whose output none takes")
     given = tuple(known[ref] for ref in draft.inputs)
+    if draft.type == LOCAL_HEAD:
+        _check_head(draft, config, known)
     wanted_dtype = WHOLE_DTYPE if component.whole else DTYPE
     for ref, spec in zip(draft.inputs, given, strict=True):
         if spec.dtype != wanted_dtype and ref != TARGET:
@@ -452,6 +457,15 @@ def _compile_node(
         codec=draft.codec,
         buffers=buffers,
     )
+
+
+def _check_head(draft: Draft, config: Config, known: Mapping[str, TensorSpec]) -> None:
+    first, second = draft.inputs
+    if second != TARGET or first == TARGET:
+        raise SpecError(f"{draft.id}: a {LOCAL_HEAD} takes a node and {TARGET}")
+    dtype = WHOLE_DTYPE if config["loss"] == "CrossEntropyLoss" else DTYPE
+    if known[TARGET].dtype != dtype:
+        raise SpecError(f"{draft.id}: {config['loss']} takes a target of {dtype}")
 
 
 def _compile_loss(

@@ -109,17 +109,25 @@ def _memory(size_bytes: int) -> memoryview:
 
 
 class Room:
-    """How much one peer may have here, over all its streams."""
+    """How much one peer may have here, over all its streams; `within` what all may have."""
 
-    def __init__(self, exchanges_max: int = EXCHANGES_MAX, bytes_max: int = ROOM_BYTES_MAX) -> None:
+    def __init__(
+        self,
+        exchanges_max: int = EXCHANGES_MAX,
+        bytes_max: int = ROOM_BYTES_MAX,
+        within: Room | None = None,
+    ) -> None:
         self.exchanges = 0
         self.held_bytes = 0
         self._exchanges_max = exchanges_max
         self._bytes_max = bytes_max
+        self._within = within
 
     def take(self, size_bytes: int) -> bool:
         """For one more exchange; False: there is none."""
         if self.exchanges >= self._exchanges_max or self.held_bytes + size_bytes > self._bytes_max:
+            return False
+        if self._within is not None and not self._within.take(size_bytes):
             return False
         self.exchanges += 1
         self.held_bytes += size_bytes
@@ -129,3 +137,5 @@ class Room:
         """What an exchange has taken."""
         self.exchanges -= 1
         self.held_bytes -= size_bytes
+        if self._within is not None:
+            self._within.give_back(size_bytes)

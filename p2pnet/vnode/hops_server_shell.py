@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 IDLE_S = 300.0  # more than callers keep an idle stream
 REPLY_S = 0.5  # what is left of a caller's patience to tell it that it was not done in time
 STREAMS_MAX = 8  # of one caller
+ALL_EXCHANGES_MAX = 4096  # of all callers at a time
+ALL_BYTES_MAX = 1 << 30  # of what they have sent
 
 Handler = Callable[
     [Request, memoryview | None, Caller], Awaitable[tuple[vnode_pb2.HopReply, Buffer | None]]
@@ -37,6 +39,7 @@ class HopsServer:
     def __init__(self, hop: Handler, bytes_max: Callable[[Request], int]) -> None:
         self._hop = hop
         self._bytes_max = bytes_max
+        self._room = Room(ALL_EXCHANGES_MAX, ALL_BYTES_MAX)
         self._callers: dict[str, tuple[Room, int]] = {}  # and how many streams
         self._served: dict[asyncio.Task[None], None] = {}
         self.method = Method(self._serve, False, LINE_S)
@@ -51,7 +54,7 @@ class HopsServer:
     async def _serve(
         self, requests: RawRequests, caller: Caller, write: Callable[[bytes], Awaitable[None]]
     ) -> None:
-        room, streams = self._callers.get(caller.peer_id, (Room(), 0))
+        room, streams = self._callers.get(caller.peer_id) or (Room(within=self._room), 0)
         if streams >= STREAMS_MAX:
             raise RefusedError(f"{streams} of your streams of hops are open already")
         self._callers[caller.peer_id] = room, streams + 1

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 
-from p2pnet.bounded import keep_latest
 from p2pnet.errors import (
     CancelledByUs,
     P2PNetError,
@@ -71,7 +70,7 @@ class Hops:
             async with asyncio.timeout(timeout_s):
                 return await line.ask(request, data, began + timeout_s)
         except TimeoutError:
-            if line.heard_at < began:  # nobody may be there any more: the next call looks anew
+            if line.heard_at < began + timeout_s / 2:  # nobody may be there any more
                 self._drop(line)
                 await self._dialer.forget(contact.peer_id)
             raise UnreachableError(
@@ -92,11 +91,11 @@ class Hops:
         key = (contact.peer_id, contact.certificate_der)
         line = self._lines.get(key)
         if line is None or not line.takes_more():
-            line = _Line(self._dialer, contact, self._drop)
-            evicted = next(iter(self._lines.values())) if len(self._lines) >= LINES_MAX else None
-            keep_latest(self._lines, key, line, LINES_MAX)
-            if evicted is not None:
-                evicted.retire()
+            if line is not None:
+                self._drop(line)
+            while len(self._lines) >= LINES_MAX:
+                self._drop(next(iter(self._lines.values())))
+            line = self._lines[key] = _Line(self._dialer, contact, self._drop)
         return line
 
     def _drop(self, line: _Line) -> None:

@@ -76,11 +76,13 @@ class Inference:
         self._outputs = Outputs()
         self._loading = 0
         self._standing_in: dict[tuple[str, int, int], tuple[Stage, ...]] = {}
+        self._closed = False
         self._timer: asyncio.TimerHandle | None = None
         self._tasks = TaskSet("forward passes")
 
     async def close(self) -> None:
         """Ends everything under way."""
+        self._closed = True
         if self._timer is not None:
             self._timer.cancel()
         await self._tasks.close()
@@ -187,21 +189,26 @@ class Inference:
     # The core
 
     def _handle(self, event: Event) -> None:
-        loop = asyncio.get_running_loop()
-        effects = self._gathering.handle(event, loop.time())
-        for effect in effects:
+        if self._closed:
+            return
+        now = asyncio.get_running_loop().time()
+        for effect in self._gathering.handle(event, now):
             self._do(effect)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        if self._timer is None:
+            self._set_timer()
+
+    def _set_timer(self) -> None:
+        """For the next deadline; one that has moved on meanwhile is found out when it comes."""
         deadlines = (self._gathering.deadline(), self._sessions.deadline())
         due = [deadline for deadline in deadlines if deadline is not None]
+        self._timer = None
         if due:
-            self._timer = loop.call_at(min(due), self._tick)
+            self._timer = asyncio.get_running_loop().call_at(min(due), self._tick)
 
     def _tick(self) -> None:
         self._sessions.expire(asyncio.get_running_loop().time())
         self._handle(Tick())
+        self._set_timer()
 
     def _do(self, effect: Effect) -> None:
         match effect:

@@ -49,12 +49,12 @@ def test_r06_mutant_that_goes_on_from_the_states_that_it_has(
     left: dict[tuple[str, str, str], bytes] = {}
     end, load = host_node.HostNode._end, host_node.HostNode.load
 
-    def keeps(node: host_node.HostNode, network_id: str) -> None:
+    def keeps(node: host_node.HostNode, network_id: str, keep: bool) -> None:
         for network, crew in node.crews.items():
             if crew._hosted is not None and not crew._hosted._held:
                 for vnode, state in crew._hosted.states.items():
                     left[node.peer_id, network, vnode] = state
-        end(node, network_id)
+        end(node, network_id, keep)
 
     def loads(node: host_node.HostNode, crew: Any, vnode: str, done: Any) -> None:
         state = left.get((node.peer_id, crew.network_id, vnode))

@@ -63,8 +63,8 @@ def test_a_network_from_submit_to_cancel(tmp_path: Path) -> None:
             assert isinstance(await net(torch.from_numpy(x)), torch.Tensor)
             many = np.concatenate([x] * 100)
             parts = [part async for part in net.infer(many)]
-            assert [type(part) for part in parts] == [Chunk, Chunk]
-            assert sum(len(part.output) for part in parts) == len(many)
+            outputs = [part.output for part in parts if isinstance(part, Chunk)]
+            assert [len(output) for output in outputs] == [256, len(many) - 256]
 
             rows = await net.locate()
             assert [row["vnode"] for row in rows] == list(net.info.vnodes)

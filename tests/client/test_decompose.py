@@ -178,6 +178,7 @@ FUNCTIONS: dict[str, tuple[Any, list[str]]] = {
     "softmax": (lambda x: F.softmax(x, dim=-1), ["Softmax"]),
     "cat": (lambda x: torch.cat([x, x.tanh()], dim=1), ["Tanh", "Concat"]),
     "mul": (lambda x: x * torch.sigmoid(x), ["Sigmoid", "Mul"]),
+    "subtraction": (lambda x: -(x - x.relu()), ["ReLU", "Scale", "Add", "Scale"]),
     "scale": (lambda x: 0.3 * x, ["Scale"]),
     "half": (lambda x: x / 2, ["Scale"]),
     "add": (lambda x: torch.add(x, x.relu()), ["ReLU", "Add"]),
@@ -362,7 +363,7 @@ BAD: dict[str, tuple[nn.Module, str]] = {
         r"matmul in the model's forward \(test_decompose.py, line \d+\): matmul is not in the "
         "catalogue: attention is nn.MultiheadAttention or F.scaled_dot_product_attention",
     ),
-    "subtraction": (Lambda(lambda x: x - x.relu()), "sub is not in the catalogue: add what is"),
+    "subtraction": (Lambda(lambda x: x - 1), "a difference of other shapes"),
     "sin": (Lambda(torch.sin), r"sin is not in the catalogue: docs/models.md"),
     "the batch is mixed": (Lambda(lambda x: x.reshape(-1, 6)), "keep the samples apart"),
     "the batch is transposed": (Lambda(lambda x: x.transpose(0, 1)), "keep the samples apart"),

@@ -36,7 +36,7 @@ from p2pnet.client.events import (
     TellDecided,
     Told,
 )
-from p2pnet.client.feed import RESULT_S, STALL_S, Feed
+from p2pnet.client.feed import STALL_S, Feed
 from p2pnet.client.link import (
     BEGIN_S,
     OPEN_S,
@@ -46,6 +46,7 @@ from p2pnet.client.link import (
     SAY_S,
     SILENT_S,
 )
+from p2pnet.client.results import RESULT_S
 from p2pnet.core import Tick
 from p2pnet.errors import RefusedError, RolledBackError, UnreachableError, UsageError
 from p2pnet.v1 import common_pb2, pnode_pb2

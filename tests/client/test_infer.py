@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from memory_client import MemorySession
 from memory_swarm import MemorySwarm
-from memory_wire import Letter
+from memory_wire import Letter, keypair_of
 from small_network import plain_output, small_graph, submit
 from virtual_time import InlineCompute, play
 
@@ -18,6 +18,8 @@ from p2pnet.client import inference as client
 from p2pnet.client.inference import Chunk, Missing
 from p2pnet.client.passes import Passes
 from p2pnet.errors import UnreachableError, UsageError
+from p2pnet.orchestrator.spec import load_spec
+from p2pnet.vnode.components import init_seed
 from p2pnet.vnode.hosted import Hosted
 from p2pnet.vnode.tensors import Array
 
@@ -157,5 +159,49 @@ def test_inputs_need_as_many_samples(tmp_path: Path) -> None:
                 await client.infer_all(
                     Passes(session, network, GRAPH), {"x": samples(3), "z": samples(4)}
                 )
+
+    play(main())
+
+
+def test_several_inputs_each_with_its_dtype(tmp_path: Path) -> None:
+    graph = load_spec(
+        {
+            "name": "two-inputs",
+            "inputs": {
+                "tokens": {"shape": [4], "dtype": "int64"},
+                "x": {"shape": [4, 6], "dtype": "float32"},
+            },
+            "nodes": [
+                {
+                    "id": "embed", "type": "Embedding", "inputs": ["tokens"],
+                    "config": {"num_embeddings": 9, "embedding_dim": 6},
+                },
+                {"id": "sum", "type": "Add", "inputs": ["embed", "x"]},
+            ],
+            "loss": {"id": "loss", "type": "MSELoss"},
+            "optimizer": {"type": "SGD", "lr": 0.1},
+            "seed": 1,
+        }
+    )  # fmt: skip
+
+    async def main() -> None:
+        import torch
+
+        async with MemorySwarm(tmp_path, "ab") as swarm:
+            session = MemorySession(swarm)
+            network = await session.submit(graph, keypair_of("owner"), {}, swarm["a"].peer_id)
+            rng = np.random.default_rng(1)
+            tokens = rng.integers(0, 9, (300, 4)).astype(np.int32)  # a width that fits is taken
+            x = rng.standard_normal((300, 4, 6)).astype(np.float32)
+            passes = Passes(session, network, graph)
+            outcome = await client.infer_all(passes, {"x": x, "tokens": tokens})
+            torch.manual_seed(init_seed(1, "embed"))
+            embedded = torch.nn.Embedding(9, 6)(torch.from_numpy(tokens)).detach().numpy()
+            np.testing.assert_allclose(outcome.output, embedded + x, rtol=1e-6)
+            with pytest.raises(UsageError, match="as many samples"):
+                await client.infer_all(passes, {"x": x, "tokens": tokens[:7]})
+            tokens[17, 2] = 9
+            outcome = await client.infer_all(passes, {"x": x, "tokens": tokens})
+            assert [(it.first, it.last) for it in outcome.missing] == [(17, 17)]
 
     play(main())

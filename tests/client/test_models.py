@@ -15,8 +15,9 @@ from small_network import Trained, batch, train
 from torch import nn
 from virtual_time import play
 
-from p2pnet.client.inference import infer
+from p2pnet.client.inference import infer_all
 from p2pnet.client.models import spec_of, states_of
+from p2pnet.client.passes import Passes
 from p2pnet.client.session import NetworkInfo
 from p2pnet.client.weights import fetch_weights
 from p2pnet.errors import SpecError
@@ -171,7 +172,8 @@ def test_a_submitted_model_goes_on_from_its_own_weights(tmp_path: Path, kill: bo
             expected = mlp()
             assert trained.digest == plainly(expected, 5)
             x, _ = batch(9)
-            output = await infer(session, network, load_spec(spec(mlp())), {"x": x})
+            passes = Passes(session, network, load_spec(spec(mlp())))
+            output = (await infer_all(passes, {"x": x})).output
             with torch.no_grad():
                 wanted = expected(torch.from_numpy(x)).numpy()
             np.testing.assert_allclose(output, wanted, rtol=1e-5, atol=1e-6)

@@ -13,13 +13,13 @@ from swarm import Figure, Swarm, until
 
 from p2pnet.orchestrator.spec import load_spec
 
-PARTS = 32  # micro-batches of a step
-BATCH = 32 * PARTS
-WIDE = 8192  # features that go from host to host: 1 MiB a micro-batch
+PARTS = 64  # micro-batches of a step
+BATCH = 16 * PARTS
+WIDE = 16384  # features that go from host to host: 1 MiB a micro-batch
 PART_BYTES = WIDE * (BATCH // PARTS) * 4
 STOPPED_S = 3.0  # not long enough to be given up
-# Of the 64 MiB and more that two steps come to, no more than this many parts are kept: what is
-# not taken yet, what waits for its gradient, and what of either torch still holds on to.
+# Of the 64 parts of a step no more than this many are kept: what is not taken yet, what waits
+# for its gradient, and what is on its way.
 PARTS_KEPT_MAX = 24
 
 SPEC: dict[str, Any] = {

@@ -112,7 +112,7 @@ def test_a_committed_state_that_is_cut_off_everywhere_takes_the_network_one_comm
     until(lambda: network.status().committed_step == last, 60, "the last cut is committed")
 
     files = _files_of(alone, shared, network, "fc1")
-    assert len(files) == (1 if where == "a directory" else 3)  # the host's, and two copies
+    assert (len(files) == 1) if where == "a directory" else (len(files) >= 3)  # and two copies
     for file in files:
         file.write_bytes(file.read_bytes()[:-1])
     victim.kill()

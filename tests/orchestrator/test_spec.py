@@ -71,6 +71,17 @@ def test_settings_are_read() -> None:
     assert (graph.codec, graph.replicas, load_spec(digits(replicas=3)).replicas) == ("zstd", 1, 3)
 
 
+def test_the_documented_specs_fit_together() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    resnet, transformer = (part.partition("```")[0] for part in text.split("```yaml\n")[1:])
+    rest = "name: n\noptimizer: {type: SGD, lr: 0.1}\n"
+    picture = "inputs: {x: {shape: [16, 8, 8]}}\nloss: {id: loss, type: MSELoss}\n"
+    assert load_spec(rest + picture + resnet).tensor("relu2").shape == (32, 4, 4)
+    graph = load_spec(rest + transformer)
+    assert graph.tensor("head").shape == (64, 96)
+    assert graph.home("head") == "tokens"
+
+
 def test_local_learning_adds_heads() -> None:
     graph = load_spec(digits(learning="local"))
     assert [node.id for node in graph.nodes] == [

@@ -432,6 +432,8 @@ def test_lost_states_cost_one_commit_and_that_is_said_aloud() -> None:
     swarm.run(swarm.now + 10.0)
     rolled = [note for note in swarm.said(m.Note) if note.event == "rolled_back"]
     assert [note.fields["step"] for note in rolled] == [10]
+    assert "fc1 is nowhere to be had" in str(rolled[0].fields["reason"])
+    assert [it.step for it in swarm.told("committed")] == [10, 20]  # that was no commit
     assert swarm.core.committed_step == 10
     assert swarm.entries()[-1].claim.from_step == 10
     swarm.lost_step = -1

@@ -8,14 +8,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import memory_swarm
 import pytest
 import trio
+from memory_client import MemorySession
+from memory_swarm import MemorySwarm
+from small_network import plain, submit, train
+from virtual_time import InlineCompute, play
 
 from p2pnet.errors import ResourceError, UsageError
-from p2pnet.vnode import cuda_shell
+from p2pnet.vnode import cuda_shell, hosted
 from p2pnet.vnode.cuda_shell import inspect
 from p2pnet.vnode.devices import Device, parse_device
 from p2pnet.vnode.devices_shell import choose_device
+from p2pnet.vnode.graph import CompiledGraph
 
 SAYS = {"title": "cuda:0 NVIDIA A", "memory_bytes": 1 << 30, "gflops": 5000.0}
 
@@ -160,3 +166,29 @@ def test_why_torch_cannot_use_a_gpu(torch: Any, name: str, error: str) -> None:
     said = inspect(torch, name)
     assert list(said) == ["error"]
     assert said["error"].endswith(error)
+
+
+def test_the_device_that_was_chosen_is_where_components_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, made = hosted.make_component, []
+
+    def make_component(graph: CompiledGraph, vnode: str, device: str = "cpu") -> Any:
+        made.append((vnode, device))
+        return real(graph, vnode, "cpu")
+
+    class OnAGpu(InlineCompute):
+        def __init__(self) -> None:
+            super().__init__(1, device="cuda:7")
+
+    monkeypatch.setattr(hosted, "make_component", make_component)
+    monkeypatch.setattr(memory_swarm, "InlineCompute", OnAGpu)
+
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "a") as swarm:
+            session = MemorySession(swarm)
+            network = await submit(session, swarm["a"].peer_id)
+            assert (await train(session, network, 2)).digest == plain(2)[0]
+            assert sorted(made) == [(vnode, "cuda:7") for vnode in sorted(network.vnodes)]
+
+    play(main())

@@ -1,4 +1,4 @@
-"""The compute thread and the component that lives on it."""
+"""The compute thread: order, results and errors, its queue and its end, and what it loads."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import sys
 import threading
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
-from p2pnet.errors import CancelledByUs, LocalError, MalformedError, ResourceError, SpecError
+from p2pnet.errors import CancelledByUs, ResourceError
 from p2pnet.vnode.executor import ComputeThread
-from p2pnet.vnode.hosted import HostedComponent
 
 
 @pytest.fixture
@@ -126,87 +124,3 @@ component.apply(component.backward(0, [torch.ones(1, 2)])[1])
 assert "torch._dynamo" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-
-def hosted(type: str = "Linear", **config: object) -> HostedComponent:
-    return HostedComponent(
-        "v",
-        type,
-        config or {"in_features": 3, "out_features": 2},
-        seed=0,
-        optimizer="Adam",
-        optimizer_config={},
-        wants_gradient=[True],
-    )
-
-
-X, G = np.ones((4, 3), np.float32), np.ones((4, 2), np.float32)
-
-
-def test_a_component_is_made_at_first_use() -> None:
-    component = hosted()
-    assert not component.instantiated
-    component.do_infer([X])
-    assert component.instantiated
-    with pytest.raises(SpecError):
-        hosted("Linear", in_features=-1).do_infer([X])
-
-
-def test_steps_come_one_after_the_other() -> None:
-    component = hosted()
-    with pytest.raises(LocalError):
-        component.do_forward(2, 0, [X])
-    with pytest.raises(LocalError, match="holds no gradients"):
-        component.do_apply(1)
-    component.do_forward(1, 0, [X])
-    component.do_backward(1, 0, [G])
-    assert component.step == 0
-    component.do_save(0)  # the state is still the one before
-    component.do_apply(1)
-    assert component.step == 1
-    with pytest.raises(LocalError):
-        component.do_save(0)
-
-
-def test_a_step_begun_anew_holds_nothing_of_before() -> None:
-    once, twice = hosted(), hosted()
-    twice.do_forward(1, 0, [X * 2])
-    twice.do_backward(1, 0, [G * 2])
-    for component in (once, twice):
-        component.do_forward(1, 0, [X])
-        component.do_backward(1, 0, [G])
-        component.do_apply(1)
-    assert once.do_save(1) == twice.do_save(1)
-
-
-def test_loading_forgets_the_step_in_hand() -> None:
-    component = hosted()
-    state = component.do_save(0)
-    component.do_forward(1, 0, [X])
-    component.do_backward(1, 0, [G])
-    assert component.do_load(state) == 0
-    with pytest.raises(LocalError, match="holds no gradients"):
-        component.do_apply(1)
-    assert component.do_save(0) == state
-
-
-def test_a_read_only_input_will_do_and_is_not_changed() -> None:
-    frozen = np.frombuffer(X.tobytes(), np.float32).reshape(4, 3)
-    component = hosted()
-    output, metrics = component.do_forward(1, 0, [frozen])
-    assert metrics is None
-    assert np.array_equal(output, component.do_infer([X]))
-
-
-def test_what_a_peer_sends_wrong_is_malformed() -> None:
-    component = hosted()
-    with pytest.raises(MalformedError):
-        component.do_forward(1, 0, [G])
-    component.do_forward(1, 0, [X])
-    with pytest.raises(MalformedError):
-        component.do_backward(1, 0, [X])
-    with pytest.raises(MalformedError):
-        component.do_load(b"junk")
-    other = hosted("Linear", in_features=5, out_features=2).do_save(0)
-    with pytest.raises(MalformedError):
-        component.do_load(other)

@@ -18,7 +18,8 @@ from p2pnet.orchestrator.spec import load_spec
 from p2pnet.vnode.draft import Draft, Settings, TensorSpec
 from p2pnet.vnode.graph import CompiledGraph, compile_graph, from_json
 
-DIGITS = load_spec(Path(p2pnet.__file__).parent / "data" / "digits.yaml")
+DIGITS_PATH = Path(p2pnet.__file__).parent / "data" / "digits.yaml"
+DIGITS = load_spec(DIGITS_PATH)
 
 
 def test_the_digits_graph() -> None:
@@ -312,10 +313,13 @@ def test_what_no_honest_peer_sends(data: bytes, words: str) -> None:
     assert words in str(error.value)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+LOCAL = load_spec(DIGITS_PATH.read_text().replace("learning: chain", "learning: local"))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.data())
 def test_a_damaged_graph_raises_nothing_else(data: st.DataObject) -> None:
-    raw = bytearray(DIGITS.to_json())
+    raw = bytearray(data.draw(st.sampled_from([DIGITS, language(), LOCAL])).to_json())
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     try:

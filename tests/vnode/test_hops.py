@@ -211,6 +211,19 @@ def test_a_peer_has_so_much_room_over_all_its_streams() -> None:
     assert (room.exchanges, room.held_bytes) == (0, 0)
 
 
+def test_all_peers_together_have_so_much_room() -> None:
+    node = Room(exchanges_max=100, bytes_max=1000)
+    one, other = Room(within=node), Room(within=node)
+    assert one.take(600)
+    assert not other.take(600)
+    assert other.take(400)
+    one.give_back(600)
+    assert other.take(600)
+    other.give_back(400)
+    other.give_back(600)
+    assert (node.exchanges, node.held_bytes, one.exchanges, other.exchanges) == (0, 0, 0, 0)
+
+
 def head(id: int = 1, size: int = 10, data: bytes = b"", **fields: object) -> bytes:
     frame = vnode_pb2.HopFrame(id=id, size_bytes=size, **(fields or {"train": train()}))  # type: ignore[arg-type]
     return first_frame(frame, memoryview(data))

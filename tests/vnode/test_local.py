@@ -99,7 +99,7 @@ def test_every_block_learns_and_nothing_crosses(name: str) -> None:
     by_hand = ByHand(graph, states_of(model, graph))
     before = by_hand.weights()
     losses = [by_hand.train(x, y) for x, y in example.batches(1, 12) * 15]
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     assert by_hand.crossed == 0
     after = by_hand.weights()
     assert not [key for key in before if np.array_equal(before[key], after[key])]
@@ -145,4 +145,15 @@ def test_what_cannot_learn_so_is_said() -> None:
         broken(lambda drafts: (drafts, Settings()))
     )
     after = Draft("after", "Tanh", {}, ("act.head",))
-    assert "'act.head'" in str(broken(lambda drafts: ([*drafts, after], learning))) or True
+    assert "after takes 'act.head', a LocalHead, whose output none takes" in str(
+        broken(lambda drafts: ([*drafts, after], learning))
+    )
+    head = Draft("h", "LocalHead", {"in_features": 8, "out_features": 3}, ("y", "y"), "a")
+    assert "h: a LocalHead takes a node and y" in str(
+        broken(lambda drafts: ([*drafts, head], learning))
+    )
+    other = {"in_features": 8, "out_features": 3, "loss": "MSELoss"}
+    head = Draft("h", "LocalHead", other, ("act", "y"), "a")
+    assert "h: MSELoss takes a target of float32" in str(
+        broken(lambda drafts: ([*drafts, head], learning))
+    )

@@ -142,10 +142,10 @@ def test_chain_equals_torch(
     ours, losses = trained(name, graph, placements(graph.vnodes(), 3, seed=1), random.Random(1))
     plain, expected = plainly_trained(name, optimizer, STEPS, micro_batches, clip_norm)
     error, tensor = worst_error(ours, plain)
-    print(f"largest relative error after {STEPS} steps: {error:.1e} in {tensor}")
-    assert error <= EXACT, tensor
+    assert error <= EXACT, f"{tensor}: {error:.1e}"
     assert np.allclose(losses, expected, rtol=1e-5)
-    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])  # it does learn
+    for key, first in made(name).state_dict().items():
+        assert not np.array_equal(ours[key], first.numpy()), f"{key} has not moved"
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -66,6 +66,7 @@ class _Storm:
             vnodes=rng.randint(2, 4),
             cut_every=rng.randint(1, 3),
             orchestrators=orchestrators,
+            replicas=rng.choice((1, 1, 2)),
         )
 
     def _drain(self, node: Node) -> None:
