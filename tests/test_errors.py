@@ -15,6 +15,7 @@ from p2pnet.errors import (
     RefusedError,
     RemoteError,
     ResourceError,
+    RolledBackError,
     SpecError,
     UnreachableError,
     UsageError,
@@ -23,7 +24,14 @@ from p2pnet.errors import (
 )
 
 OURS = (LocalError, ResourceError, CancelledByUs)
-THEIRS = (MalformedError, ForgedError, RefusedError, VersionError, UnreachableError)
+THEIRS = (
+    MalformedError,
+    ForgedError,
+    RefusedError,
+    VersionError,
+    RolledBackError,
+    UnreachableError,
+)
 USERS = (SpecError, NotFoundError)
 
 
@@ -43,6 +51,10 @@ def test_a_refusal_says_what_the_peer_knows() -> None:
     assert (str(plain), plain.code, plain.epoch, plain.host) == ("no", 0, 0, "")
     full = VersionError("too old", code=3, epoch=7, host="peer")
     assert (str(full), full.code, full.epoch, full.host) == ("too old", 3, 7, "peer")
+
+
+def test_a_network_that_went_back_says_what_to_feed_again() -> None:
+    assert RolledBackError("it went back", step=7).step == 7
 
 
 def test_of_a_group_the_root_is_what_a_person_can_act_on() -> None:

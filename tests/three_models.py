@@ -39,22 +39,25 @@ def made(name: str) -> nn.Module:
         model.fc2 = nn.Sequential(nn.Dropout(0.1), model.fc2)  # type: ignore[assignment]
     elif isinstance(model, Transformer):
         for block in model.blocks:
-            block.mlp.append(nn.Dropout(0.1))
+            block.mlp = nn.Sequential(*block.mlp, nn.Dropout(0.1))
         model.blocks[1].norm2 = nn.RMSNorm(16)
     return model
 
 
-def spec(name: str, network: str, optimizer: str, **settings: Any) -> dict[str, Any]:
-    """Of a model, as a client submits it."""
-    return spec_of(
-        made(name), name=network, loss=EXAMPLES[name].loss, optimizer=OPTIMIZERS[optimizer],
-        input_shape=EXAMPLES[name].input_shape, seed=SEED, **settings,
-    )  # fmt: skip
+def options(name: str, optimizer: str, **settings: Any) -> dict[str, Any]:
+    """What a client says of a model when it submits it."""
+    return {
+        "loss": EXAMPLES[name].loss,
+        "optimizer": OPTIMIZERS[optimizer],
+        "input_shape": EXAMPLES[name].input_shape,
+        "seed": SEED,
+        **settings,
+    }
 
 
 def graph_of(name: str, optimizer: str, **settings: Any) -> CompiledGraph:
-    """The same, compiled."""
-    return load_spec(spec(name, name, optimizer, **settings))
+    """A model as the network that it becomes."""
+    return load_spec(spec_of(made(name), name=name, **options(name, optimizer, **settings)))
 
 
 def batches(name: str, steps: int) -> list[Batch]:

@@ -206,7 +206,8 @@ class Component:
         for gradient in gradients:
             if gradient.shape != output.shape or gradient.dtype != output.dtype:
                 raise MalformedError(
-                    f"{self.vnode} got a gradient {form_of(gradient)} for an output {form_of(output)}"
+                    f"{self.vnode} got a gradient {form_of(gradient)} "
+                    f"for an output {form_of(output)}"
                 )
         if self.is_loss:
             total = torch.full_like(output, weight)

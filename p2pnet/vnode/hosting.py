@@ -209,15 +209,15 @@ class Hosting:
 
     def find_following(
         self, network_id: str, epoch: int, vnode: str
-    ) -> Following | common_pb2.Refusal:
+    ) -> tuple[HostedNetwork, Following] | common_pb2.Refusal:
         """The standby of a VNode, or why there is none."""
         if no := self._refuse(network_id, epoch, vnode, following=True):
             return no
         present = self._present.get(network_id)
         following = None if present is None else present.following
-        if following is None or vnode not in following.vnodes:
+        if present is None or following is None or vnode not in following.vnodes:
             return _beginning()
-        return following
+        return present.net, following
 
     async def point(self, network_id: str, node: str, no: common_pb2.Refusal) -> common_pb2.Refusal:
         """A refusal that says where the VNode has gone, too, if the log or the DHT knows."""
@@ -295,6 +295,7 @@ class Hosting:
             claimant=tenant.claimant,
             base_step=live_step or request.step,
             state_url=tenant.state_url,
+            placement=effect.offer.placement,
             locations=dict(effect.offer.placement),
             standbys=dict(effect.offer.standbys),
         )

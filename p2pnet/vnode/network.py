@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from p2pnet.v1 import common_pb2
@@ -17,7 +18,7 @@ REASON_CHARS_MAX = 200
 class HostedNetwork:
     """One network under one epoch.
 
-    `locations` maps a VNode to its host's peer id: a cache, which may be emptied at any
+    `placement` maps every VNode to its host's peer id, as the claim says. `locations` maps a VNode to its host's peer id: a cache, which may be emptied at any
     time, because the DHT knows. `standbys` maps it to those of the peers that follow it.
     """
 
@@ -28,8 +29,24 @@ class HostedNetwork:
     claimant: str  # the orchestrator's peer id
     base_step: int  # the cut that the epoch starts from
     state_url: str
+    placement: Mapping[str, str] = field(default_factory=dict)
     locations: dict[str, str] = field(default_factory=dict)
     standbys: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def refuse_sender(self, source: str, caller: str) -> common_pb2.Refusal | None:
+        """Why what a node gives cannot come from a peer: it lives elsewhere under this claim.
+
+        Network inputs come from whoever trains.
+        """
+        try:
+            host = self.placement.get(self.graph.home(source), caller)
+        except KeyError:
+            return None
+        if host == caller:
+            return None
+        return refusal(
+            common_pb2.REFUSAL_CODE_NOT_GRANTED, f"{source} does not live where this comes from"
+        )
 
 
 def clip(reason: str) -> str:

@@ -249,11 +249,11 @@ class Host:
         """Whatever goes from VNode to VNode, or comes from who feeds or asks a network."""
         match request:
             case vnode_pb2.TrainRequest():
-                no = await self._train(request, payload)
+                no = await self._train(request, payload, caller.peer_id)
             case vnode_pb2.DecidedRequest():
                 no = await self._decided(request)
             case vnode_pb2.FollowRequest():
-                no = await self._follow(request, payload)
+                no = await self._follow(request, payload, caller.peer_id)
             case _:
                 return await self._infer(request, payload, caller)
         return vnode_pb2.HopReply(refusal=no), None
@@ -277,13 +277,14 @@ class Host:
             return PAYLOAD_UNKNOWN_BYTES
 
     async def _train(
-        self, request: vnode_pb2.TrainRequest, payload: Buffer | None
+        self, request: vnode_pb2.TrainRequest, payload: Buffer | None, caller: str
     ) -> common_pb2.Refusal | None:
         network_id = request.id.network_id
         found = self._hosted.find(network_id, request.id.epoch, request.vnode)
         if isinstance(found, common_pb2.Refusal):
             return await self._hosted.point(network_id, request.vnode, found)
-        return await found[1].hear(request, payload)
+        net, crew = found
+        return net.refuse_sender(request.source, caller) or await crew.hear(request, payload)
 
     async def _decided(self, request: vnode_pb2.DecidedRequest) -> common_pb2.Refusal | None:
         found = self._hosted.find_present(request.network_id, request.epoch)
@@ -294,12 +295,14 @@ class Host:
         return None if found.crew is None else found.crew.decided(request.step, request.norms)
 
     async def _follow(
-        self, request: vnode_pb2.FollowRequest, payload: Buffer | None
+        self, request: vnode_pb2.FollowRequest, payload: Buffer | None, caller: str
     ) -> common_pb2.Refusal | None:
         found = self._hosted.find_following(request.id.network_id, request.id.epoch, request.vnode)
         if isinstance(found, common_pb2.Refusal):
             return found
-        return await found.follow(request, payload)
+        net, following = found
+        no = net.refuse_sender(request.vnode, caller)
+        return no or await following.follow(request, payload)
 
     async def _infer(
         self,

@@ -15,7 +15,7 @@ from virtual_time import play
 from p2pnet.data.datasets import open_data
 from p2pnet.v1 import vnode_pb2
 
-EPOCHS = 8
+EPOCHS = 6
 BATCHES = 45  # an epoch's, of 32 samples
 STEPS = 8
 
@@ -27,7 +27,7 @@ def test_local_is_within_two_points_of_chain(calm: Swarm, figure: Figure) -> Non
         spec = {**DIGITS, "name": f"digits-{learning}", "learning": learning, "cut_every": BATCHES}
         network = calm.nodes[1].client.submit(spec)
         network.train(digits_batches(EPOCHS * BATCHES))
-        assert len({row["peer_id"] for row in network.locate()}) >= 3
+        assert len({row["peer_id"] for row in network.locate()}) >= 2
         accuracy[learning] = float((network(x_test).argmax(axis=1) == y_test).mean())
     figure(f"accuracy on digits after {EPOCHS} epochs: {accuracy}")
     assert accuracy["chain"] > 0.9

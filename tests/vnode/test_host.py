@@ -435,7 +435,8 @@ def test_a_tensor_that_cannot_be_is_refused_and_leaves_no_trace(tmp_path: Path, 
             if what == "payload cut short":
                 payload = bytes(payload)[:1]
             reply, _ = await swarm.ask_hop("a", request, payload)
-            expected = "TOO_LARGE" if what == "too many samples" else "BAD_REQUEST"
+            codes = {"too many samples": "TOO_LARGE", "another source": "NOT_GRANTED"}
+            expected = codes.get(what, "BAD_REQUEST")
             assert reply.refusal.code == code(expected), reply.refusal
             assert reply.refusal.detail
             assert await trained_alone(swarm, 3) == plain(3)[0]
