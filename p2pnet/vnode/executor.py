@@ -8,6 +8,7 @@ mode and the number of threads are torch's per thread, and are set in it.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import os
 import sys
@@ -27,6 +28,9 @@ T = TypeVar("T")
 
 QUEUE_MAX = 1024
 _SWITCH_S = 0.0005
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+KEPT_BLOCK_BYTES = 32 << 20  # the most that glibc allows
+KEPT_BYTES = 128 << 20
 
 
 class ComputeThread:
@@ -125,6 +129,7 @@ class ComputeThread:
             return
         if self.device != CPU:
             os.environ.update(CUDA_ENVIRONMENT)
+        keep_memory()
         torch = _import_torch()
         torch.set_num_threads(self.threads)
         torch.set_grad_enabled(True)
@@ -134,6 +139,20 @@ class ComputeThread:
         logger.debug(
             "torch %s computes on %s with %d threads", torch.__version__, self.device, self.threads
         )
+
+
+def keep_memory() -> None:
+    """Lets glibc keep blocks of the size of a layer's gradients, and not only small ones.
+
+    It gives them back to the kernel by default, whose zeroed pages are then asked for again
+    in every step (measured: 8 % of the CPU of a step of 8 layers of 1024 x 1024).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return  # another libc
+    mallopt(_M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES)
+    mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def _import_torch() -> Any:

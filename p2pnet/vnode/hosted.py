@@ -73,8 +73,11 @@ class _Held:
                     whole = [one + other for one, other in zip(whole, part, strict=True)]
             if self.total is None:
                 self.total = whole
-            else:
+            elif self.folded == 2:  # the first may be what was sent, too: nothing is written to it
                 self.total = [one + other for one, other in zip(self.total, whole, strict=True)]
+            else:
+                for one, other in zip(self.total, whole, strict=True):
+                    one.add_(other)
 
 
 class Hosted:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from small_network import small_graph
 
-from p2pnet.client.network import AsyncNetwork
 from p2pnet.client.api import Client, Network
 from p2pnet.client.epochs import Given
 from p2pnet.client.events import StepResult
+from p2pnet.client.network import AsyncNetwork
 from p2pnet.errors import UsageError
 from p2pnet.net.bridge import AsyncioThread
 from p2pnet.vnode.graph import CompiledGraph

@@ -15,7 +15,8 @@ from small_network import batch, plain, plain_output, small_graph, submit, train
 from virtual_time import play
 
 from p2pnet.client import networks as module
-from p2pnet.client.inference import infer
+from p2pnet.client.inference import infer_all
+from p2pnet.client.passes import Passes
 from p2pnet.client.terms import Terms
 from p2pnet.client.weights import fetch_weights
 from p2pnet.dht.manifest import open_manifest
@@ -46,8 +47,9 @@ def test_every_verb_works_after_the_orchestrator_has_died(
             weights = await fetch_weights(session, network, await session.cut(network))
             assert model_digest(weights) == plain(4)[0]
             x, _ = batch(1)
-            output = await infer(session, network, small_graph(), {"x": x})
-            assert output == pytest.approx(plain_output(4, x), rel=1e-5)
+            outcome = await infer_all(Passes(session, network, small_graph()), {"x": x})
+            assert not outcome.missing
+            assert outcome.output == pytest.approx(plain_output(4, x), rel=1e-5)
             rows = await session.where_is(network)
             assert swarm["a"].peer_id not in [row.peer_id for row in rows]
             assert (await session.find("small")).orchestrator == status.orchestrator

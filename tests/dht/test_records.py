@@ -177,7 +177,21 @@ MALFORMED: dict[str, Callable[[], common_pb2.Signed]] = {
         accepted(allocation(GRANT, vnode="")), key=vnode_key(NETWORK_ID, "")
     ),
     "no lease": lambda: record(accepted(allocation(GRANT, lease_s=0))),
+    "more standbys than there can be": lambda: followed_by("one", "two", "three"),
+    "a standby of itself": lambda: followed_by(HOST.peer_id),
 }
+
+
+def followed_by(*standbys: str) -> common_pb2.Signed:
+    body = allocation(GRANT)
+    body.standbys.extend(standbys)
+    return record(accepted(body))
+
+
+def test_an_allocation_says_who_follows() -> None:
+    opened = open_record(followed_by("one", "two"), VNODE_KEY, WALL_MS)
+    assert isinstance(opened.content, records_pb2.Allocation)
+    assert list(opened.content.standbys) == ["one", "two"]
 
 
 @pytest.mark.parametrize("name", list(MALFORMED))

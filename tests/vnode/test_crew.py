@@ -1,4 +1,4 @@
-"""The VNodes of a network on a host: what goes wrong there or around it, and what they tell of it."""
+"""The VNodes of a network on a host: what goes wrong there or around it, and what they tell."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def graph_of(network: str, **settings: object) -> CompiledGraph:
 
 
 class Hashes:
-    """Every host computes hashes: of what goes in and of the state, so that any other order shows."""
+    """Every host computes hashes of what goes in and of the state: any other order shows."""
 
     def __init__(self, graph: CompiledGraph, hosts: dict[str, list[str]]) -> None:
         self.saved: dict[str, dict[str, bytes]] = {}
@@ -451,7 +451,8 @@ def test_who_is_not_listened_to_stops(sent: bool, most: int) -> None:
         return not any(isinstance(effect, Refuse) for effect in effects)
 
     for part in range(32):
-        if not all([handle(activation(1, slot, micro_batch=part)) for slot in (0, 1)]):
+        took = [handle(activation(1, slot, micro_batch=part)) for slot in (0, 1)]
+        if not all(took):
             break
         while runs:
             begun, done = begun + 1, runs.popleft()
