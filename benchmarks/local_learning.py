@@ -206,7 +206,7 @@ def text_test() -> Batches:
     tokens = tokens[len(tokens) * 9 // 10 :]
     yield from (
         sequences(tokens, starts)
-        for starts in torch.arange(0, len(tokens) - CONTEXT, CONTEXT).split(256)
+        for starts in torch.split(torch.arange(0, len(tokens) - CONTEXT, CONTEXT), 256)
     )
 
 

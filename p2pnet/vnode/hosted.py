@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from p2pnet.errors import LocalError, MalformedError
+from p2pnet.errors import LocalError, MalformedError, UsageError
 from p2pnet.vnode.codecs import LOSSY, through
 from p2pnet.vnode.draft import TARGET
 from p2pnet.vnode.graph import CompiledGraph
@@ -92,6 +92,7 @@ class Hosted:
         self.stages = stages_of(graph, self.vnodes)
         self.step = 0  # of the states
         self._device = device
+        self._spoilt = False  # a step was applied in part, and then something failed
         self._components: dict[str, Component] = {}
         self._held: dict[int, dict[str, _Held]] = {}
         self._weights: dict[tuple[int, int, int], float] = {}  # of micro-batches under way
@@ -150,7 +151,7 @@ class Hosted:
         Raises:
             LocalError: that state is not to be had.
         """
-        component = self._components.get(vnode)
+        component = None if self._spoilt else self._components.get(vnode)
         held = self._held.get(step, {}).get(vnode)
         if component is not None and self.step == step - 1 and self._complete(component, held):
             self._apply_one(vnode, step, norm)
@@ -214,7 +215,7 @@ class Hosted:
             )
             if op.is_graphs_loss:
                 metrics = said
-            values[op.node] = _seen(output, op.codec)
+            values[op.node] = _seen(output, op.codec, op.node, step)
             if last and (buffers := component.held_buffers()):
                 self._holding(step, op.vnode).buffers = buffers
         self._check_numbers(shape, values, step)
@@ -257,12 +258,12 @@ class Hosted:
                 if gradient is None:
                     continue
                 source = op.sources[slot]
+                codec = self.graph.codec_of(source)
+                seen = _seen(gradient, codec if codec in LOSSY else "", op.node, step)
                 if op.inner[slot]:
-                    codec = self._op_of[source].codec
-                    part = (-op.position, slot, _seen(gradient, codec))
-                    arrived.setdefault(source, []).append(part)
+                    arrived.setdefault(source, []).append((-op.position, slot, seen))
                 else:
-                    leaving[op.node, slot] = gradient
+                    leaving[op.node, slot] = seen
             if params:
                 held = self._holding(step, op.vnode)
                 held.add(micro_batch, op.entry, params)
@@ -307,8 +308,10 @@ class Hosted:
             held = self._held.get(step, {}).get(vnode)
             if not self._complete(self._components[vnode], held):
                 raise LocalError(f"{vnode} holds no gradients for step {step}")
+        self._spoilt = True  # some may have it, and others not
         for vnode in self.vnodes:
             self._apply_one(vnode, step, norm)
+        self._spoilt = False
         self._held.pop(step, None)
         self.step = step
 
@@ -345,7 +348,7 @@ class Hosted:
             ]
             cache = None if caches is None else caches.get(node)
             found = self._components[op.vnode].infer(tensors, entry=op.entry, cache=cache)
-            values[node] = _seen(found, op.codec)
+            values[node] = _seen(found, op.codec, node)
         for node in outputs:
             if not _finite(values[node]):
                 raise MalformedError(f"{node} gives NaN or infinity")
@@ -431,9 +434,19 @@ def _inputs(
     ]
 
 
-def _seen(tensor: Tensor, codec: str) -> Tensor:
-    """As whoever takes it sees it, on this host as on any other."""
-    return _tensor(through(_array(tensor), codec)) if codec else tensor
+def _seen(tensor: Tensor, codec: str, node: str, step: int = 0) -> Tensor:
+    """As whoever takes it sees it, on this host as on any other.
+
+    Raises:
+        MalformedError: it has what a lossy codec cannot carry.
+    """
+    if not codec:
+        return tensor
+    try:
+        return _tensor(through(_array(tensor), codec))
+    except UsageError as error:
+        where = f" in step {step}" if step else ""
+        raise MalformedError(f"{node}{where}: {error}") from None
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -25,6 +25,7 @@ a `...Done` event, and answers a message whose effects hold a `Refuse` with that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -236,6 +237,11 @@ class StepCore:
         # we did is wrong, and must not make us skip the decision.
         if decided_step > self.reported_step:
             return [self._bad(f"has not reported step {decided_step}: it cannot be decided")]
+        if any(not 0 <= norm < math.inf for norm in norms):  # nor NaN
+            return [self._bad("is told a norm that is none")]
+        for back, norm in enumerate(reversed(norms)):
+            if self._norms.get(decided_step - back, norm) != norm:
+                return [self._bad(f"is told another norm of step {decided_step - back}")]
         new = range(max(self.decided_step, self.applied_step) + 1, decided_step + 1)
         if self.pace.clips and any(decided_step - step >= len(norms) for step in new):
             return [self._bad(f"clips, and is not told the norm of step {decided_step}")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -550,8 +551,10 @@ def test_nobody_can_decide_what_we_have_not_reported() -> None:
 def test_who_clips_has_to_be_told_the_norm_and_passes_it_on() -> None:
     handle = a_core(Pace(clips=True))
     held(handle)
-    assert refusal(handle(Decided(EPOCH, 1))) == pb.REFUSAL_CODE_BAD_REQUEST
+    for norms in ((), (math.nan,), (math.inf,), (-1.0,)):
+        assert refusal(handle(Decided(EPOCH, 1, norms))) == pb.REFUSAL_CODE_BAD_REQUEST
     assert handle(Decided(EPOCH, 1, (2.5,))) == [RunApply(1, 2.5)]
+    assert refusal(handle(Decided(EPOCH, 1, (2.6,)))) == pb.REFUSAL_CODE_BAD_REQUEST
     handle(ApplyDone(1))
     handle(activation(2, 0))
     handle(activation(2, 1))
