@@ -54,6 +54,7 @@ from p2pnet.vnode.messages import (
     Trouble,
 )
 from p2pnet.vnode.network import HostedNetwork, clip, refusal
+from p2pnet.vnode.reporting import Reporter
 from p2pnet.vnode.stages import inference_stages_of
 from p2pnet.vnode.step import StepCore
 from p2pnet.vnode.tensors import Buffer
@@ -63,9 +64,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REPORT_TIMEOUT_S = 5.0
 SAVE_TIMEOUT_S = 20.0
-FOLLOW_TIMEOUT_S = 5.0
 ROOM_S = 3.0  # how long a message waits for room, before its sender is told to come again
 SNAPSHOTS_KEPT = 2
 STATE_LOST = common_pb2.REFUSAL_CODE_STATE_LOST
@@ -113,11 +112,13 @@ class Crew:
             epoch=net.epoch,
             base_step=net.base_step,
         )
+        self._reporter = Reporter(
+            net, vnodes, self._hosted, self._core.decision, around.swarm, around.compute
+        )
         self._made = False
         # What the core keeps is bounded, and so is what it asks for.
         self._effects: asyncio.Queue[Effect] = asyncio.Queue()
         self._room = asyncio.Event()  # set, and replaced, whenever something was used up
-        self._state_digests: dict[str, bytes] = {}  # at the last cut
         self._saves: dict[int, asyncio.Future[dict[str, bytes]]] = {}
         self._snapshots: dict[int, dict[str, bytes]] = {}
         self._loading = asyncio.Lock()
@@ -240,10 +241,6 @@ class Crew:
         async with asyncio.timeout(SAVE_TIMEOUT_S):
             return await asyncio.shield(done)
 
-    def saved_as(self, vnode: str, digest: bytes) -> None:
-        """The state at the last cut is known by this digest."""
-        self._state_digests[vnode] = digest
-
     def _saved(self, step: int, done: asyncio.Future[dict[str, bytes]]) -> None:
         del self._saves[step]
         if not done.cancelled():
@@ -318,13 +315,13 @@ class Crew:
                 if done is not None and not done.done():
                     done.set_result(states)
                 # Nothing may follow for long, and forward passes go through standbys, too.
-                self._tasks.spawn(self._tell_standbys())
+                self._tasks.spawn(self._reporter.tell_standbys())
             case SendActivations():
                 self._tasks.spawn(self._send_activations(effect))
             case SendGradients():
                 self._tasks.spawn(self._send_gradients(effect))
             case Report():
-                self._tasks.spawn(self._report(effect))
+                self._tasks.spawn(self._reporter.held(effect))
             case Trouble():
                 told = self._trouble(
                     effect.step, self._culprit, effect.reason, bad_input=effect.bad_input
@@ -400,93 +397,12 @@ class Crew:
             if answer is None or answer.code != common_pb2.REFUSAL_CODE_BUSY or self._closed:
                 return answer
 
-    # Reporting
-
-    async def _report(self, effect: Report) -> None:
-        step, compute = effect.step, self._around.compute
-        held = orchestrator_pb2.Held()
-        if effect.metrics is not None:
-            held.loss = effect.metrics.loss
-            held.correct = effect.metrics.correct
-            held.samples = effect.metrics.samples
-        if self._net.graph.clip_norm:
-            held.squares.extend(await compute.run(self._hosted.do_squares, step))
-        held.unfollowed.extend(await self._be_followed(step))
-        await self._tell(
-            orchestrator_pb2.ReportRequest(
-                id=self._id(step), vnode=self.vnodes[0], held=held, vnodes=self.vnodes
-            )
-        )
-
-    async def _be_followed(self, step: int) -> list[str]:
-        """Sends what is held to the standbys; returns VNodes that have one who did not take it."""
-        decided, norms = self._core.decision()
-
-        async def follow(vnode: str, standby: str) -> str:
-            data = await self._around.compute.run(self._hosted.do_pack, vnode, step)
-            request = vnode_pb2.FollowRequest(
-                id=self._id(step), vnode=vnode, decided_step=decided, norms=norms,
-                digest=sha256(data),
-            )  # fmt: skip
-            try:
-                reply, _ = await self._around.swarm.hop(
-                    standby, request, memoryview(data), timeout_s=FOLLOW_TIMEOUT_S
-                )
-            except P2PNetError as error:
-                logger.info("%s is not followed by its standby: %s", vnode, error)
-                return vnode
-            return vnode if reply.HasField("refusal") else ""
-
-        pairs = [
-            (vnode, standby)
-            for vnode in self.vnodes
-            for standby in self._net.standbys.get(vnode, ())
-        ]
-        missing = await asyncio.gather(*(follow(*pair) for pair in pairs))
-        return sorted({vnode for vnode in missing if vnode})
-
-    async def _tell_standbys(self) -> None:
-        """What is decided, which they hear otherwise when they are sent the next step."""
-        step, norms = self._core.decision()
-        request = vnode_pb2.DecidedRequest(
-            network_id=self._net.network_id, epoch=self._net.epoch, step=step, norms=norms
-        )
-        standbys = {
-            standby for vnode in self.vnodes for standby in self._net.standbys.get(vnode, ())
-        }
-        for standby in sorted(standbys):
-            try:
-                await self._around.swarm.hop(standby, request, None, timeout_s=FOLLOW_TIMEOUT_S)
-            except P2PNetError as error:
-                logger.info("a standby did not hear what is decided: %s", error)
-
     async def _trouble(
         self, step: int, vnode: str, reason: str, *, host: str = "", bad_input: bool = False
     ) -> None:
-        trouble = orchestrator_pb2.Trouble(
-            host=host,
-            reason=clip(reason),
-            bad_input=bad_input,
-            state_lost=self._lost_state,
+        await self._reporter.trouble(
+            step, vnode, reason, host=host, bad_input=bad_input, state_lost=self._lost_state
         )
-        await self._tell(
-            orchestrator_pb2.ReportRequest(id=self._id(step), vnode=vnode, trouble=trouble)
-        )
-
-    async def _tell(self, report: orchestrator_pb2.ReportRequest) -> None:
-        try:
-            await self._around.swarm.call(
-                self._net.claimant,
-                "Orchestrator/Report",
-                report,
-                orchestrator_pb2.ReportReply,
-                timeout_s=REPORT_TIMEOUT_S,
-            )
-        except P2PNetError as error:  # it notices a step that stands still by itself
-            logger.info("%s could not report to its orchestrator: %s", report.vnode, error)
-
-    def _id(self, step: int) -> vnode_pb2.StepId:
-        return vnode_pb2.StepId(network_id=self._net.network_id, epoch=self._net.epoch, step=step)
 
 
 async def make(

@@ -57,10 +57,19 @@ class _Held:
     entries: int
     total: list[Tensor] | None = None
     folded: int = 0  # micro-batches in `total`
+    own: list[bool] = field(default_factory=list)  # by tensor of `total`: may be written to
     waiting: dict[int, dict[int, list[Tensor]]] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, micro_batch: int, entry: int, gradients: list[Tensor]) -> None:
+    def add(
+        self, micro_batch: int, entry: int, gradients: list[Tensor], others: Sequence[Tensor]
+    ) -> None:
+        """`others` are tensors whose memory a gradient might be: they are not written to."""
+        if not self.own:
+            taken = {_memory(tensor) for tensor in others}
+            for gradient in gradients:
+                self.own.append(_memory(gradient) not in taken)
+                taken.add(_memory(gradient))
         self.waiting.setdefault(micro_batch, {})[entry] = gradients
         while len(parts := self.waiting.get(self.folded, {})) == self.entries:
             del self.waiting[self.folded]
@@ -73,11 +82,11 @@ class _Held:
                     whole = [one + other for one, other in zip(whole, part, strict=True)]
             if self.total is None:
                 self.total = whole
-            elif self.folded == 2:  # the first may be what was sent, too: nothing is written to it
-                self.total = [one + other for one, other in zip(self.total, whole, strict=True)]
             else:
-                for one, other in zip(self.total, whole, strict=True):
-                    one.add_(other)
+                # In place where it may be: fresh memory costs more than the sum.
+                for place, (one, other) in enumerate(zip(self.total, whole, strict=True)):
+                    self.total[place] = one.add_(other) if self.own[place] else one + other
+                self.own = [True] * len(self.own)
 
 
 class Hosted:
@@ -253,7 +262,8 @@ class Hosted:
             if not parts and not op.is_loss:
                 component.discard(key)  # in `local`, what only other blocks take
                 continue
-            found, params = component.backward(key, [part[2] for part in parts], weight)
+            gradients_in = [part[2] for part in parts]
+            found, params = component.backward(key, gradients_in, weight)
             for slot, gradient in enumerate(found):
                 if gradient is None:
                     continue
@@ -266,7 +276,8 @@ class Hosted:
                     leaving[op.node, slot] = seen
             if params:
                 held = self._holding(step, op.vnode)
-                held.add(micro_batch, op.entry, params)
+                others = [*gradients_in, *(tensor for tensor in found if tensor is not None)]
+                held.add(micro_batch, op.entry, params, others)
                 if held.folded == self.graph.micro_batches:
                     self._check_held(component, held, step)
         wanted = [edge for edge in shape.inputs if edge.wants_gradient]
@@ -447,6 +458,10 @@ def _seen(tensor: Tensor, codec: str, node: str, step: int = 0) -> Tensor:
     except UsageError as error:
         where = f" in step {step}" if step else ""
         raise MalformedError(f"{node}{where}: {error}") from None
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _finite(tensor: Tensor) -> bool:

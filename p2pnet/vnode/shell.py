@@ -1,7 +1,7 @@
 """A shell: the PNode and VNode services, which together host VNodes.
 
-The hot path (Forward, Train) lives on the gRPC thread and the compute thread
-alone; each call is checked against the network's epoch and lease here.
+The hot path (Hops) lives on the gRPC thread and the compute thread alone; each hop is
+checked against the network's epoch and lease here, and its sender against the claim.
 """
 
 from __future__ import annotations
@@ -352,9 +352,7 @@ class Host:
             return vnode_pb2.SaveReply(refusal=refusal(common_pb2.REFUSAL_CODE_BAD_REQUEST, detail))
 
         async def one(vnode: str, state: bytes) -> common_pb2.BlobRef:
-            ref = await self._blobs.store(state, net.network_id, request.copy_to, net.state_url)
-            crew.saved_as(vnode, ref.digest)
-            return ref
+            return await self._blobs.store(state, net.network_id, request.copy_to, net.state_url)
 
         try:
             states = await crew.save(request.step, request.norms)
