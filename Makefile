@@ -1,7 +1,7 @@
 # make demo    the main job: a swarm trains a network and survives three kills
 # make test    lint, types, layers and every test
 # make bar     the reliability bar as written (docs/reliability.md): hours; ARGS='-k r18' for a row
-# make bench   the DHT beside hivemind's and py-libp2p's (docs/benchmarks.md); ARGS=--quick
+# make bench   beside hivemind and py-libp2p (docs/benchmarks.md, performance.md); ARGS=--quick
 # Each works on a fresh clone: .venv is made first. `make clean` takes it away.
 
 PYTHON ?= python3.11

@@ -40,9 +40,9 @@ from p2pnet.tracing import Tracing
 from p2pnet.units import format_size
 from p2pnet.v1 import control_pb2 as pb
 from p2pnet.v1 import records_pb2
+from p2pnet.vnode.draft import BATCH_MAX
 from p2pnet.vnode.faults import Faults
 from p2pnet.vnode.graph import from_json
-from p2pnet.vnode.network import BATCH_SAMPLES
 from p2pnet.vnode.shell import Host
 
 SETTLE_S_MAX = 10.0
@@ -286,8 +286,8 @@ class Control:
 
     async def _plan(self, request: pb.PlanRequest, caller: Caller) -> pb.PlanReply:
         graph = from_json(request.graph)
-        if not 1 <= request.batch_size <= BATCH_SAMPLES:
-            raise MalformedError(f"a batch has 1 to {BATCH_SAMPLES} samples")
+        if not 1 <= request.batch_size <= BATCH_MAX:
+            raise MalformedError(f"a batch has 1 to {BATCH_MAX} samples")
         plan = functools.partial(plan_json, batch_size=request.batch_size)
         members = await self._on_trio(self._views)
         found = await asyncio.to_thread(plan, graph, members)  # may take seconds

@@ -17,14 +17,23 @@ from p2pnet.gossip.coordinates import AXES, Coordinate
 from p2pnet.vnode.draft import TARGET
 from p2pnet.vnode.graph import CompiledGraph
 
-# What a step costs a VNode beside its FLOPs: two messages in, two out.
+# What a step costs a VNode beside its FLOPs. Its kernels and its optimizer take 0.5 ms (64 and
+# 256 wide Linears with Adam in one stage, one core); the rest has small networks share hosts
+# by count, so that the loss of one takes little, and a noisy measurement of speed decides nothing.
 STEP_NS = 3_000_000
+# What an edge between two hosts costs beside its round trip, an activation there and its
+# gradient back, once a micro-batch: a hop of 1 KiB takes 0.58 ms, and of 128 KiB both ways
+# 0.6 ms of CPU on each side (docs/performance.md); 16 MiB go at 240 to 390 MB/s.
+EDGE_NS = 1_000_000
+EDGE_CPU_NS = 600_000
+NEAR_BYTES_PER_S = 300_000_000
+CPU_BYTES_PER_S = 700_000_000
 # Of a host that has not measured its speed yet, for each CPU that it lends.
 GFLOPS_A_CPU = 4.0
 GFLOPS_MIN, GFLOPS_MAX = 0.1, 1e6
 TRUST_MIN = 0.01
 # Round trips are told apart in steps of this. What is below is the same place: of a
-# coordinate on a busy machine as much is noise, and STEP_NS has the messages in it.
+# coordinate on a busy machine as much is noise.
 NEAR_NS = 10_000_000
 # Between places, where nobody has measured it: the uplink of a good home line, 100 Mbit/s.
 LINK_BYTES_PER_S = 12_500_000
@@ -87,10 +96,22 @@ def targets_of(graph: CompiledGraph, vnode: str) -> tuple[str, ...]:
 
 
 def hop_ns(round_trip_ns: int, size_bytes: int) -> int:
-    """What an edge between two hosts costs a step: an activation there, its gradient back."""
+    """What the way of an edge between two places costs: an activation there, its gradient back."""
     if not round_trip_ns:
         return 0
     return round_trip_ns + 2 * size_bytes * 1_000_000_000 // LINK_BYTES_PER_S
+
+
+def edge_ns(round_trip_ns: int, size_bytes: int) -> int:
+    """How long what is behind an edge between two hosts waits for it, the way included."""
+    near_ns = 2 * size_bytes * 1_000_000_000 // NEAR_BYTES_PER_S
+    return EDGE_NS + (hop_ns(round_trip_ns, size_bytes) or near_ns)
+
+
+def edge_cpu_ns(host: HostView, size_bytes: int) -> int:
+    """What an edge to or from another host takes of a host's own time."""
+    cpu_ns = EDGE_CPU_NS + 2 * size_bytes * 1_000_000_000 // CPU_BYTES_PER_S
+    return int(cpu_ns / trust_of(host))
 
 
 class Distances:

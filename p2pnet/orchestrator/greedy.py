@@ -111,10 +111,15 @@ class Greedy:
                     # Its host's own count has the VNode in it, but nothing else of it.
                     loads.charge(leaf, cost - loads.path_ns(leaf, 1, 0), 0)
 
-    def place_all(self, units: Sequence[Unit]) -> bool:
-        """Places them in this order; False where one, or a replica, fits nowhere."""
-        for unit in units:
-            self._place(unit)
+    def place_all(self, units: Sequence[Unit], leaves: Sequence[int] | None = None) -> bool:
+        """Places them in this order; False where one, or a replica, fits nowhere.
+
+        `leaves`: on these hosts, one for each; else where it is best.
+        """
+        for unit, leaf in zip(units, leaves or itertools.repeat(None), strict=False):
+            self._place(unit, leaf)
+        if any(self._loads.free_bytes(leaf) < 0 for leaf in leaves or ()):
+            return False
         for unit in units:
             for _ in range(unit.replicas):
                 self._place_replica(unit)
@@ -131,7 +136,21 @@ class Greedy:
             kept,
         )
 
-    def _place(self, unit: Unit) -> None:
+    def leaf_of(self, unit: Unit) -> int:
+        """The host that a placed unit is on."""
+        return self._loads.leaf_of[self.assignments[unit.nodes[0].id]]
+
+    def stays(self, unit: Unit) -> bool:
+        """Whether all of a placed unit is where it was before."""
+        leaf = self.leaf_of(unit)
+        return all(self._now.get(node.id, (-1,))[0] == leaf for node in unit.nodes)
+
+    def left(self) -> tuple[list[int], list[int]]:
+        """For each host: how long it is busy with all that is placed, and its free memory."""
+        leaves = range(len(self._loads.hosts))
+        return self._loads.busy[:], [self._loads.free_bytes(leaf) for leaf in leaves]
+
+    def _place(self, unit: Unit, given: int | None) -> None:
         loads, work = self._loads, unit.work
         homes = [self._now[node.id] for node in unit.nodes if node.id in self._now]
         for home, cost, need in homes:
@@ -139,12 +158,12 @@ class Greedy:
         self._note_rejected(unit)
         arrivals = self._arrivals(unit)
         onward = self._onward(unit)
-        leaf = self._choose(work, arrivals, onward)
+        leaf = self._choose(work, arrivals, onward) if given is None else given
         if leaf is None:
             self._unplaced.append(unit)
             return
         adds_ns = self._adds_ns(leaf, work, arrivals, onward)
-        if homes and loads.free_bytes(homes[0][0]) >= work.memory_bytes:
+        if given is None and homes and loads.free_bytes(homes[0][0]) >= work.memory_bytes:
             at_home_ns = self._adds_ns(homes[0][0], work, arrivals, onward)
             if at_home_ns <= STAY_FACTOR * adds_ns:
                 leaf, adds_ns = homes[0][0], at_home_ns

@@ -25,6 +25,7 @@ from p2pnet.orchestrator.costs import HostView as HostView
 from p2pnet.orchestrator.costs import speed_of, step_ns
 from p2pnet.orchestrator.greedy import REJECTED_MAX as REJECTED_MAX
 from p2pnet.orchestrator.greedy import Greedy, Ground
+from p2pnet.orchestrator.pipeline import in_runs
 from p2pnet.orchestrator.predict import predict
 from p2pnet.orchestrator.shortage import SwarmTooSmallError as SwarmTooSmallError
 from p2pnet.vnode.graph import CompiledGraph
@@ -111,6 +112,7 @@ def _place(
             raise plan.too_small()
     if not current and ground.distances.matter and len(ground.units) * len(usable) <= _SMALL:
         plan = _best_of(plan, ground)
+    plan = _or_in_runs(plan, ground, current)
     vnodes = graph.vnodes()
     out = sorted(
         (host.peer_id, "excluded" if host.peer_id in barred else "not trusted")
@@ -133,20 +135,33 @@ def _place(
 def _best_of(plan: Greedy, ground: Ground) -> Greedy:
     """Where a greedy way ends depends on where it begins: a few beginnings, and the best."""
     hosts = ground.loads.hosts
-
-    def cost_s(plan: Greedy) -> float:
-        return predict(
-            ground.graph,
-            hosts,
-            plan.assignments,
-            batch_size=ground.batch_size,
-            distances=ground.distances,
-        ).cost_s
-
-    best, best_s = plan, cost_s(plan)
+    best, best_s = plan, _cost_s(plan, ground, {})
     idle = sorted((host.vnodes * step_ns(host), -speed_of(host), host.peer_id) for host in hosts)
     for _, _, peer_id in idle[:_BEGINNINGS_MAX]:
         other = Greedy(ground, {}, begin_at=peer_id)
-        if other.place_all(ground.units) and (other_s := cost_s(other)) < best_s:
+        if other.place_all(ground.units) and (other_s := _cost_s(other, ground, {})) < best_s:
             best, best_s = other, other_s
     return best
+
+
+def _or_in_runs(plan: Greedy, ground: Ground, current: Mapping[str, str]) -> Greedy:
+    """The same with neighbours together, if that is better."""
+    leaves = in_runs(plan, ground)
+    if leaves is None:
+        return plan
+    other = Greedy(ground, current)
+    if not other.place_all(ground.units, leaves):
+        return plan
+    better = _cost_s(other, ground, current) < _cost_s(plan, ground, current)
+    return other if better else plan
+
+
+def _cost_s(plan: Greedy, ground: Ground, current: Mapping[str, str]) -> float:
+    return predict(
+        ground.graph,
+        ground.loads.hosts,
+        plan.assignments,
+        batch_size=ground.batch_size,
+        current=current,
+        distances=ground.distances,
+    ).cost_s

@@ -1,9 +1,13 @@
 """How long a step would take with a placement, and what of that takes longest. Pure.
 
 A step is as long as the longest way through the graph: what each VNode takes on its host
-(forward and back), what the way to the next one takes, and the waiting for a host that has
+(forward and back), what an edge to another host takes, and the waiting for a host that has
 something else to do. Hosts work at one thing at a time, in the graph's order; before the
-first VNode of this network a host has all that it hosts of others to do.
+first VNode of this network a host has all that it hosts of others to do. Within a host an
+edge costs nothing (`vnode.stages`).
+
+Of a batch in micro-batches that is the way of the first. The others follow as quickly as
+the busiest host lets them, its edges' CPU time included (Huang et al., "GPipe", 2019).
 """
 
 from __future__ import annotations
@@ -15,8 +19,9 @@ from itertools import pairwise
 from p2pnet.orchestrator.costs import (
     Distances,
     HostView,
+    edge_cpu_ns,
+    edge_ns,
     flops_of,
-    hop_ns,
     sources_of,
     speed_of,
     step_ns,
@@ -71,11 +76,17 @@ def predict(
     for peer_id in (current or {}).values():
         ours[peer_id] = ours.get(peer_id, 0) + 1
 
-    def hop(source: str, target: str) -> int:
-        apart_ns = far.between_ns(index[assignments[source]], index[assignments[target]])
-        return hop_ns(apart_ns, graph.node(source).output.size_bytes * batch_size)
+    parts = max(1, min(graph.micro_batches, batch_size))
 
-    busy: dict[str, int] = {}
+    def size_bytes(source: str) -> int:
+        return graph.node(source).output.size_bytes * batch_size // parts
+
+    def hop(source: str, target: str) -> int:
+        here, there = index[assignments[source]], index[assignments[target]]
+        return 0 if here == there else edge_ns(far.between_ns(here, there), size_bytes(source))
+
+    busy: dict[str, int] = {}  # of a host, with all that it hosts of others
+    each: dict[str, int] = {}  # and with a micro-batch of this network
     free_at: dict[int, int] = {}  # hosts at work for this network
     last_on: dict[int, str] = {}
     done_at: dict[str, int] = {}
@@ -85,9 +96,15 @@ def predict(
         at = index[assignments[vnode]]
         host = hosts[at]
         ready = 0
+        each.setdefault(host.peer_id, 0)
         for ref in sources_of(graph, vnode):
             if ref in done_at:
-                arrival = done_at[ref] + hop(ref, vnode)
+                arrival = done_at[ref]
+                source = index[assignments[ref]]
+                if source != at:
+                    arrival += hop(ref, vnode)
+                    for end in (hosts[source], host):
+                        each[end.peer_id] += edge_cpu_ns(end, size_bytes(ref))
                 if arrival > ready:
                     ready, after[vnode] = arrival, ref
         begin = ready
@@ -99,11 +116,14 @@ def predict(
             begin, after[vnode] = free_at[at], last_on[at]
             ready = begin
         work = step_ns(host) + int(flops_of(graph, vnode) * batch_size / speed_of(host))
+        work //= parts
         done = begin + work
-        busy[host.peer_id] += work
+        each[host.peer_id] += work
         spent[vnode] = done - ready
         done_at[vnode] = free_at[at] = done
         last_on[at] = vnode
+    for peer_id, part in each.items():
+        busy[peer_id] += parts * part
     last = max(graph.vnodes(), key=lambda vnode: done_at[vnode])
     path = [last]
     while path[-1] in after:
@@ -118,7 +138,7 @@ def predict(
     edges = [(hop(a, b), a, b) for a, b in pairwise(path) if a in sources_of(graph, b)]
     edge = max(edges, default=(0, "", ""), key=lambda edge: edge[0])
     return Prediction(
-        done_at[last] / 1e9,
+        (done_at[last] + (parts - 1) * max(each.values())) / 1e9,
         tuple(path),
         slowest,
         on_host[slowest] / 1e9,
@@ -132,9 +152,13 @@ def least_step_s(graph: CompiledGraph, hosts: Sequence[HostView], *, batch_size:
     """What no placement on these hosts can fall short of: every VNode on the best, no distances."""
     step = min(map(step_ns, hosts))
     speed = max(map(speed_of, hosts))
+    parts = max(1, min(graph.micro_batches, batch_size))
     done_at: dict[str, int] = {}
+    longest = 0
     for vnode in graph.vnodes():
         sources = sources_of(graph, vnode)
         ready = max((done_at[ref] for ref in sources if ref in done_at), default=0)
-        done_at[vnode] = ready + step + int(flops_of(graph, vnode) * batch_size / speed)
-    return max(done_at.values()) / 1e9
+        work = (step + int(flops_of(graph, vnode) * batch_size / speed)) // parts
+        done_at[vnode] = ready + work
+        longest = max(longest, work)
+    return (max(done_at.values()) + (parts - 1) * longest) / 1e9

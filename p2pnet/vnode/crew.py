@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from p2pnet.errors import ForgedError, MalformedError, P2PNetError, RefusedError
-from p2pnet.keys import sha256
 from p2pnet.swarm import Swarm
 from p2pnet.tasks import TaskSet
-from p2pnet.v1 import common_pb2, orchestrator_pb2, vnode_pb2
+from p2pnet.v1 import common_pb2, vnode_pb2
 from p2pnet.vnode.codecs import codec_of
 from p2pnet.vnode.courier import Courier, EpochOver, HopFailed
 from p2pnet.vnode.edges import (

@@ -9,9 +9,11 @@ from p2pnet.net.hop_frames import DATA_BYTES_MAX, first_frame, later_frame
 from p2pnet.v1 import vnode_pb2
 
 CHUNK_BYTES = 512 << 10  # measured: docs/performance.md
-LARGE_BYTES = 4 << 20
 EXCHANGES_MAX = 256  # of one peer at a time
-ROOM_BYTES_MAX = 512 << 20  # of payloads that one peer has sent or begun to send
+ROOM_BYTES_MAX = 320 << 20  # of what one peer has sent, and what it is sent
+WAITING_MAX = 2 * EXCHANGES_MAX  # messages that a peer is to be sent
+PARTS_FREE = 64  # of a payload, and one more for each ...
+PART_BYTES_MIN = 512  # ... bytes: a part costs half as much beside its data
 
 assert CHUNK_BYTES <= DATA_BYTES_MAX
 
@@ -24,6 +26,7 @@ class Outbox:
     def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
         self.unsent_bytes = 0  # of payloads
         self._chunk_bytes = chunk_bytes
+        self._alone_bytes = min(2 * chunk_bytes, DATA_BYTES_MAX)
         self._heads: dict[int, vnode_pb2.HopFrame] = {}  # not sent yet
         self._rest: dict[int, memoryview] = {}  # of payloads
         self._turns: deque[int] = deque()
@@ -31,6 +34,15 @@ class Outbox:
     def __bool__(self) -> bool:
         """Whether something is to be sent."""
         return bool(self._turns)
+
+    def __contains__(self, id: int) -> bool:
+        """Whether a message has not been sent to its end."""
+        return id in self._rest
+
+    @property
+    def is_full(self) -> bool:
+        """Whether its receiver takes less than it causes."""
+        return len(self._turns) > WAITING_MAX
 
     def put(self, head: vnode_pb2.HopFrame, payload: memoryview) -> None:
         """A message, the head of which gets the size of the payload (a flat view of bytes)."""
@@ -47,7 +59,10 @@ class Outbox:
             rest = self._rest.get(id)
             if rest is None:
                 continue  # dropped
-            data, rest = rest[: self._chunk_bytes], rest[self._chunk_bytes :]
+            size_bytes = self._chunk_bytes
+            if not self._turns and len(rest) <= self._alone_bytes:
+                size_bytes = self._alone_bytes  # nobody waits, and its receiver copies nothing
+            data, rest = rest[:size_bytes], rest[size_bytes:]
             self.unsent_bytes -= len(data)
             if rest:
                 self._rest[id] = rest
@@ -73,69 +88,69 @@ class Outbox:
 
 
 class Assembly:
-    """A payload that comes in parts. What comes in one is not copied."""
+    """A payload that comes in parts. What comes in one is not copied.
+
+    It has no more memory than what has come, whatever was announced.
+    """
 
     def __init__(self, size_bytes: int) -> None:
         self._size_bytes = size_bytes
         self._filled = 0
-        self._buffer: memoryview | None = None
+        self._parts: list[memoryview] = []
+
+    @property
+    def left_bytes(self) -> int:
+        """How much has not come."""
+        return self._size_bytes - self._filled
 
     def add(self, data: memoryview) -> memoryview | None:
-        """Takes the next part; the payload once it is whole (writable where it was assembled).
+        """Takes the next part; the payload once it is whole.
 
         Raises:
-            MalformedError: more than was announced.
+            MalformedError: more than was announced, or in parts too small.
         """
-        filled = self._filled + len(data)
-        if filled > self._size_bytes:
-            raise MalformedError(f"{filled} bytes came of a payload of {self._size_bytes}")
-        if self._buffer is None:
-            if filled == self._size_bytes:
-                return data
-            self._buffer = _memory(self._size_bytes)
-        self._buffer[self._filled : filled] = data
-        self._filled = filled
-        return self._buffer if filled == self._size_bytes else None
-
-
-def _memory(size_bytes: int) -> memoryview:
-    """Some to write to, the whole of which is about to be."""
-    if size_bytes < LARGE_BYTES:
-        return memoryview(bytearray(size_bytes))
-    # numpy asks for huge pages, and zeroes nothing: half the time (docs/performance.md).
-    import numpy as np
-
-    return np.empty(size_bytes, np.uint8).data
+        parts = self._parts
+        parts.append(data)
+        self._filled += len(data)
+        if self._filled > self._size_bytes:
+            raise MalformedError(f"{self._filled} bytes came of a payload of {self._size_bytes}")
+        if self._filled < self._size_bytes:
+            if len(parts) > PARTS_FREE + self._filled // PART_BYTES_MIN:
+                raise MalformedError(f"{self._filled} bytes of a payload came in {len(parts)} parts")
+            return None
+        return data if len(parts) == 1 else memoryview(b"".join(parts))
 
 
 class Room:
-    """How much one peer may have here, over all its streams; `within` what all may have."""
+    """How much there may be at a time, of one peer or of many; `within` that of others."""
 
-    def __init__(
-        self,
-        exchanges_max: int = EXCHANGES_MAX,
-        bytes_max: int = ROOM_BYTES_MAX,
-        within: Room | None = None,
-    ) -> None:
+    def __init__(self, exchanges_max: int, bytes_max: int, *within: Room) -> None:
         self.exchanges = 0
         self.held_bytes = 0
         self._exchanges_max = exchanges_max
         self._bytes_max = bytes_max
         self._within = within
 
-    def take(self, size_bytes: int) -> bool:
-        """For one more exchange; False: there is none."""
-        if self.exchanges >= self._exchanges_max or self.held_bytes + size_bytes > self._bytes_max:
+    def take(self, exchanges: int, size_bytes: int) -> bool:
+        """For so many more exchanges and bytes; False: there is none, and nothing is taken."""
+        if not self._has(exchanges, size_bytes):
             return False
-        if self._within is not None and not self._within.take(size_bytes):
-            return False
-        self.exchanges += 1
-        self.held_bytes += size_bytes
+        self._add(exchanges, size_bytes)
         return True
 
-    def give_back(self, size_bytes: int) -> None:
-        """What an exchange has taken."""
-        self.exchanges -= 1
-        self.held_bytes -= size_bytes
-        if self._within is not None:
-            self._within.give_back(size_bytes)
+    def give_back(self, exchanges: int, size_bytes: int) -> None:
+        """What was taken."""
+        self._add(-exchanges, -size_bytes)
+
+    def _has(self, exchanges: int, size_bytes: int) -> bool:
+        return (
+            self.exchanges + exchanges <= self._exchanges_max
+            and self.held_bytes + size_bytes <= self._bytes_max
+            and all(room._has(exchanges, size_bytes) for room in self._within)
+        )
+
+    def _add(self, exchanges: int, size_bytes: int) -> None:
+        self.exchanges += exchanges
+        self.held_bytes += size_bytes
+        for room in self._within:
+            room._add(exchanges, size_bytes)

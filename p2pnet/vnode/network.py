@@ -8,9 +8,6 @@ from dataclasses import dataclass, field
 from p2pnet.v1 import common_pb2
 from p2pnet.vnode.graph import CompiledGraph
 
-# The most samples of one batch: VNodes are placed and admitted with the memory that
-# this many take, and a tensor with more is refused, so that the one covers the other.
-BATCH_SAMPLES = 1024
 REASON_CHARS_MAX = 200
 
 
@@ -18,8 +15,9 @@ REASON_CHARS_MAX = 200
 class HostedNetwork:
     """One network under one epoch.
 
-    `placement` maps every VNode to its host's peer id, as the claim says. `locations` maps a VNode to its host's peer id: a cache, which may be emptied at any
-    time, because the DHT knows. `standbys` maps it to those of the peers that follow it.
+    `placement` maps every VNode to its host's peer id, as the claim says. `locations` does so,
+    too, as far as it is known to be true: a cache, which may be emptied at any time, because
+    the DHT knows. `standbys` maps a VNode to those of the peers that follow it.
     """
 
     network_id: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -351,13 +351,13 @@ class Host:
             detail = "this peer is asked to store VNodes that it does not host"
             return vnode_pb2.SaveReply(refusal=refusal(common_pb2.REFUSAL_CODE_BAD_REQUEST, detail))
 
-        async def one(vnode: str, state: bytes) -> common_pb2.BlobRef:
-            return await self._blobs.store(state, net.network_id, request.copy_to, net.state_url)
+        def store(state: bytes) -> Awaitable[common_pb2.BlobRef]:
+            return self._blobs.store(state, net.network_id, request.copy_to, net.state_url)
 
         try:
             states = await crew.save(request.step, request.norms)
             asked = dict.fromkeys(request.vnodes)
-            refs = await asyncio.gather(*(one(vnode, states[vnode]) for vnode in asked))
+            refs = await asyncio.gather(*(store(states[vnode]) for vnode in asked))
         except RefusedError as error:
             answer = refusal(common_pb2.RefusalCode.Name(error.code), str(error), epoch=error.epoch)
             return vnode_pb2.SaveReply(refusal=answer)

@@ -60,7 +60,7 @@ from p2pnet.vnode.stages import Stage
 AHEAD_STEPS_MAX = 2  # how many steps beyond the present one are kept for later
 QUEUE_MAX = 8  # micro-batches that wait on an edge
 IN_FLIGHT_MAX = 8  # forwards of a stage that wait for their backward
-UNSENT_MAX = 4  # forwards of a stage whose outputs are not all taken
+UNSENT_MAX = 4  # forwards of a stage whose outputs are not all taken; or `ahead`, if more
 RUNNING_MAX = 2  # computations that the shell has at a time: one runs, one is next
 
 Place = tuple[int, bool, int]  # stage, forward?, which of its edges that way
@@ -444,7 +444,9 @@ class StepCore:
             step, micro_batch = self._where(number)
             if not self._may_begin(step) or number - line.backwarded >= IN_FLIGHT_MAX:
                 continue
-            if line.forwarded - line.sent >= UNSENT_MAX:
+            # A far consumer says after a round trip that it has them: with a gradient to be
+            # waited for in any case this costs nothing, in `local` it would set the pace.
+            if line.forwarded - line.sent >= max(UNSENT_MAX, self.pace.ahead):
                 continue
             inboxes = self._into[index][0]
             if all(number in inbox.payloads for inbox in inboxes):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Self
 
 from p2pnet.core import Tick
@@ -31,6 +31,18 @@ from p2pnet.vnode.admission import (
 )
 from p2pnet.vnode.follower import Call, Follower
 from p2pnet.vnode.network import refusal
+from p2pnet.vnode.refusing import (
+    NETWORKS_MAX,
+    Known,
+    busy,
+    cannot_go_on,
+    goes_on,
+    leaving,
+    no_room,
+    outdone,
+    refused_call,
+    refused_caller,
+)
 from p2pnet.vnode.standing import Standing, unseal_standing
 from p2pnet.vnode.tenancy_events import (
     AllocateAsked,
@@ -53,10 +65,8 @@ from p2pnet.vnode.tenancy_events import (
 
 logger = logging.getLogger(__name__)
 
-NETWORKS_MAX = 256  # hosted
 KNOWN_MAX = 1024  # hosted now or once; of others the log tells again
 HEARD_MAX = 32  # of those others: whose log was read in vain, or has just been read
-VNODES_MAX = 10_000
 READS_MAX = 32  # of logs, at once
 WAITS_S = 3.0  # for a log: less than callers' patience
 READY_WAITS_S = 15.0
@@ -66,29 +76,12 @@ LAPSED_S = 15.0  # how long what a newer claim has ended stays in memory, to go 
 ORPHANED_S = 600.0  # how long after its lease a VNode is kept for an orchestrator to come back
 
 
-@dataclass(slots=True)
-class _Network:
-    log: Follower
-    kept: Standing | None = None  # as it is on disk
-    spent: int = 0  # the newest epoch whose VNodes were here and are no longer
-    was_here: bool = False  # before a restart, and no newer claim has been read since
-    tenant: Tenant | None = None
-    lapsed: Tenant | None = None  # ended by a newer claim, and still in memory
-    lapsed_until: float = 0.0
-    lease_until: float = 0.0
-    look_at: float = 0.0  # when the log is asked whether the tenant still is one
-
-    @property
-    def standing(self) -> Standing:
-        return self.log.standing
-
-
 class Tenancy:
     """The networks that this PNode hosts, or has hosted, by network id."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._networks: dict[str, _Network] = {}  # the least recently changed first
+        self._networks: dict[str, Known] = {}  # the least recently changed first
         self._draining = False
 
     # The core
@@ -173,7 +166,7 @@ class Tenancy:
                 logger.warning("what was kept of network %s is not used: %s", network_id, error)
                 continue
             log = Follower(standing)
-            net = _Network(log, kept=standing, spent=standing.epoch)
+            net = Known(log, kept=standing, spent=standing.epoch)
             if newest is not None:
                 log.claim, log.placement = newest[0], placement_of(newest[1])
                 net.was_here = limits.me in log.placement.values()
@@ -223,57 +216,13 @@ class Tenancy:
         `following`: it is good enough if the VNode is followed here.
         """
         net = self._networks.get(network_id)
-        if net is None or not net.standing.epoch:
-            return refusal(
-                common_pb2.REFUSAL_CODE_NOT_HOSTED, f"this peer does not host {vnode[:80]}"
-            )
-        host = net.log.placement.get(vnode, "")
-        if net.standing.closed:
-            return net.log.closed()
-        if epoch < net.standing.epoch:
-            return net.log.stale(host)
-        tenant = net.tenant
-        here = tenant is not None and (
-            vnode in tenant.sizes or (following and vnode in tenant.following)
-        )
-        if tenant is None or not here:
-            return refusal(
-                common_pb2.REFUSAL_CODE_NOT_HOSTED,
-                f"this peer does not host {vnode[:80]}",
-                epoch=net.standing.epoch,
-                host="" if host == self._limits.me else host,
-            )
-        if epoch > net.standing.epoch:
-            return net.log.unknown(epoch)
-        if now > net.lease_until:
-            return refusal(
-                common_pb2.REFUSAL_CODE_LEASE_EXPIRED,
-                f"the orchestrator of {tenant.name} has not renewed this peer's lease",
-            )
-        return None
+        return refused_call(net, epoch, vnode, now, me=self._limits.me, following=following)
 
     def refuse_caller(
         self, network_id: str, caller: str, epoch: int | None = None
     ) -> common_pb2.Refusal | None:
         """Why a call that only the network's orchestrator may make is refused."""
-        net = self._networks.get(network_id)
-        if net is None or not net.standing.epoch:
-            return refusal(
-                common_pb2.REFUSAL_CODE_UNKNOWN_NETWORK, "this peer hosts nothing of that network"
-            )
-        if net.standing.closed:
-            return net.log.closed()
-        if epoch is not None and epoch > net.standing.epoch:
-            return net.log.unknown(epoch)
-        if caller != net.standing.claimant or epoch not in (None, net.standing.epoch):
-            return net.log.stale()
-        if net.tenant is None:
-            return refusal(
-                common_pb2.REFUSAL_CODE_NOT_HOSTED,
-                "this peer has nothing more of that network",
-                epoch=net.standing.epoch,
-            )
-        return None
+        return refused_caller(self._networks.get(network_id), caller, epoch)
 
     # Deciding
 
@@ -304,7 +253,7 @@ class Tenancy:
         request, offer = event.request, call.offer
         assert offer is not None
         net = self._networks.get(offer.network_id)
-        if net is not None and (no := self._outdone(net, offer)):
+        if net is not None and (no := outdone(net, offer)):
             return [Reply(event.ask, no)]
         if no := self._no_room(offer):
             return [Reply(event.ask, no)]
@@ -321,8 +270,8 @@ class Tenancy:
             return [Reply(event.ask)]
         lapsed, live_step = net.lapsed, request.live_step
         live = live_step > 0
-        if live and not _goes_on(offer, lapsed):
-            return [Reply(event.ask, _cannot_go_on(live_step, offer))]
+        if live and not goes_on(offer, lapsed):
+            return [Reply(event.ask, cannot_go_on(live_step, offer))]
         net.lapsed = None
         net.tenant = Tenant(
             network_id=offer.network_id,
@@ -340,51 +289,11 @@ class Tenancy:
         begin = Begin(net.tenant, offer, request, live)
         return [*self._keep(net), begin, Reply(event.ask)]
 
-    def _outdone(self, net: _Network, offer: Offer) -> common_pb2.Refusal | None:
-        """Why a claim is not, or no longer, to be followed, by what is known of the log."""
-        standing = net.standing
-        if standing.closed:
-            return net.log.closed()
-        if offer.epoch < standing.epoch or (
-            offer.epoch == standing.epoch and offer.claim != standing.claim
-        ):
-            return net.log.stale()
-        gone = offer.epoch == standing.epoch and (
-            offer.epoch == net.spent
-            or (net.tenant and net.tenant.sizes != offer.sizes)
-            or (net.tenant and net.tenant.following != offer.following)
-        )
-        if gone:
-            return refusal(
-                common_pb2.REFUSAL_CODE_FAILED,
-                f"what this peer had under epoch {offer.epoch} is gone: place it anew",
-                epoch=standing.epoch,
-            )
-        if offer.epoch > standing.epoch and offer.slot <= standing.slot:
-            return net.log.unknown(offer.epoch)  # the log has something else there
-        return None
-
     def _no_room(self, offer: Offer) -> common_pb2.Refusal | None:
-        others = [it for it in self.tenants() if it.network_id != offer.network_id]
         if self._draining and self.tenant(offer.network_id) is None:
-            return _leaving()
-        lapsed = [
-            net.lapsed
-            for net in self._networks.values()
-            if net.lapsed is not None and net.lapsed.network_id != offer.network_id
-        ]
-        free_bytes = self._limits.memory_bytes - sum(it.size_bytes for it in (*others, *lapsed))
-        hosted = sum(len(it.sizes) + len(it.following) for it in others)
-        if (
-            offer.size_bytes > free_bytes
-            or hosted + len(offer.sizes) + len(offer.following) > VNODES_MAX
-            or len(others) >= NETWORKS_MAX
-        ):
-            return refusal(
-                common_pb2.REFUSAL_CODE_NO_MEMORY,
-                f"{offer.size_bytes} bytes are asked for, and {max(0, free_bytes)} are free",
-            )
-        return None
+            return leaving()
+        others = [net for key, net in self._networks.items() if key != offer.network_id]
+        return no_room(self._limits.memory_bytes, others, offer)
 
     def _get_ready(self, call: Call, event: ReadyAsked, final: bool) -> list[Effect]:
         """Whether there is room; the log is read before, so that a claim finds it known."""
@@ -393,7 +302,7 @@ class Tenancy:
         net = self._networks.get(offer.network_id)
         if net is not None and net.standing.closed:
             return [Reply(event.ask, net.log.closed())]
-        no = _leaving() if self._draining else self._no_room(offer)
+        no = leaving() if self._draining else self._no_room(offer)
         if no or final or self.tenant(offer.network_id) is not None:
             return [Reply(event.ask, no)]
         return self._ask_log(call, offer.network_id, offer.manifest, final)
@@ -453,9 +362,9 @@ class Tenancy:
             return [Reply(call.asked.ask, net.log.unknown(parse_entry(call.claim).claim.epoch))]
         is_read = net is not None and net.log.is_read
         if (net is not None and net.log.is_full) or (not is_read and self._reads() >= READS_MAX):
-            return [_busy(call, "too many ask this peer to read logs")]
+            return [busy(call, "too many ask this peer to read logs")]
         if net is None:
-            net = self._networks[network_id] = _Network(Follower(Standing(network_id)))
+            net = self._networks[network_id] = Known(Follower(Standing(network_id)))
         if is_read:
             net.log.queue(call)
             return []
@@ -493,26 +402,26 @@ class Tenancy:
         effects: list[Effect] = []
         for call in asked:
             if silent and not isinstance(call.asked, ReadyAsked):
-                effects.append(_busy(call, f"the network's log cannot be read: {silent}"[:200]))
+                effects.append(busy(call, f"the network's log cannot be read: {silent}"[:200]))
             else:
                 effects += self._try(call, now, final=True)
         for call in queued:
             effects += self._try(call, now, final=False)
         return [*effects, *self._forget()]
 
-    def _waited(self, net: _Network, now: float) -> list[Effect]:
+    def _waited(self, net: Known, now: float) -> list[Effect]:
         """Answers whom a read keeps too long; it goes on."""
         effects: list[Effect] = []
         for call in net.log.overdue(now):
             if isinstance(call.asked, ReadyAsked):  # what it comes to is room, and there is some
                 effects += self._try(call, now, final=True)
             else:
-                effects.append(_busy(call, "this peer still reads the network's log"))
+                effects.append(busy(call, "this peer still reads the network's log"))
         return effects
 
     # Small things
 
-    def _keep(self, net: _Network) -> list[Effect]:
+    def _keep(self, net: Known) -> list[Effect]:
         if net.kept == net.standing:
             return []
         net.kept = net.standing
@@ -526,7 +435,7 @@ class Tenancy:
         net.kept = None
         return [*ended, *self._forget()]
 
-    def _lapse(self, net: _Network, now: float) -> list[Effect]:
+    def _lapse(self, net: Known, now: float) -> list[Effect]:
         """Under an older claim nothing counts any more.
 
         What is in memory may: the newer claim may go on from it, where VNodes have standbys.
@@ -540,14 +449,14 @@ class Tenancy:
         ended = (*tenant.sizes, *tenant.following)
         return [*earlier, End(tenant.network_id, ended, keep=True)]
 
-    def _let_go(self, net: _Network) -> list[Effect]:
+    def _let_go(self, net: Known) -> list[Effect]:
         """What a newer claim has ended leaves the memory."""
         lapsed, net.lapsed = net.lapsed, None
         if lapsed is None:
             return []
         return [End(lapsed.network_id, (*lapsed.sizes, *lapsed.following))]
 
-    def _end(self, net: _Network, vnodes: tuple[str, ...] = ()) -> list[Effect]:
+    def _end(self, net: Known, vnodes: tuple[str, ...] = ()) -> list[Effect]:
         """Lets VNodes of a network go, followed ones included; with none named, all."""
         tenant = net.tenant
         if tenant is None:
@@ -593,30 +502,3 @@ class Tenancy:
         for network_id in (*over, *heard[: max(0, len(heard) - HEARD_MAX)]):
             del self._networks[network_id]
         return [Persist(network_id, None) for network_id in over]
-
-
-def _goes_on(offer: Offer, lapsed: Tenant | None) -> bool:
-    """Whether all that is asked for was here, or was followed, under the very claim before."""
-    return (
-        lapsed is not None
-        and lapsed.epoch == offer.epoch - 1
-        and all(map(lapsed.has, (*offer.sizes, *offer.following)))
-    )
-
-
-def _cannot_go_on(live_step: int, offer: Offer) -> common_pb2.Refusal:
-    return refusal(
-        common_pb2.REFUSAL_CODE_FAILED,
-        f"this peer cannot go on from step {live_step}: it did not have all of "
-        f"{offer.opened.name} that it is asked for under epoch {offer.epoch - 1}",
-        epoch=offer.epoch,
-    )
-
-
-def _leaving() -> common_pb2.Refusal:
-    return refusal(common_pb2.REFUSAL_CODE_DRAINING, "this peer is leaving and takes nothing new")
-
-
-def _busy(call: Call, why: str) -> Reply:
-    detail = f"{why}: try again in a moment"
-    return Reply(call.asked.ask, refusal(common_pb2.REFUSAL_CODE_BUSY, detail))

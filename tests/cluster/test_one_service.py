@@ -14,7 +14,6 @@ from swarm import Node, Swarm, until
 
 from p2pnet.client import service as ask
 from p2pnet.orchestrator.spec import load_spec
-from p2pnet.vnode.network import BATCH_SAMPLES
 
 LAYERS = 5
 ROOM_LAYERS = 2.9  # of a node: no two have room for LAYERS, nor one and what else is there
@@ -38,7 +37,7 @@ def chain(name: str, layers: int) -> dict[str, Any]:
 
 def node_memory() -> str:
     """What a node lends."""
-    layer = load_spec(chain("one", 1)).node("fc0").memory_bytes(BATCH_SAMPLES)
+    layer = load_spec(chain("one", 1)).memory_bytes("fc0")
     return str(round(ROOM_LAYERS * layer))
 
 

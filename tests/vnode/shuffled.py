@@ -119,7 +119,7 @@ class Shuffled:
             if not self.rng:
                 self.mail.append(self.mail.pop(pick - len(ready)))
         elif isinstance(event, Sent) or not self.rng or self.rng.random() < 0.7:
-            self.mail.remove((host, event))  # else it comes once more
+            del self.mail[pick - len(ready)]  # else it comes once more
         return True
 
     def _handle(self, host: str, event: Event) -> bool:

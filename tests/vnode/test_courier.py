@@ -90,7 +90,7 @@ def test_what_lives_here_crosses_no_wire(tmp_path: Path) -> None:
 def test_a_former_host_that_knows_is_believed(tmp_path: Path) -> None:
     async def main() -> None:
         async with MemorySwarm(tmp_path, "abc") as swarm:
-            hosts = dict.fromkeys(ORDER, "b") | {"out": "c"}  # as the claim says
+            hosts = dict.fromkeys(ORDER, "b") | {"skip": "a", "out": "c"}  # as claimed
             await place(swarm, GRAPH, hosts)
             net = net_at(1, swarm, out="b")
             await Courier(swarm["a"]).send(net, message(), PAYLOAD, nowhere)

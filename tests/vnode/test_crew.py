@@ -18,9 +18,10 @@ from virtual_time import play
 from p2pnet.errors import ResourceError
 from p2pnet.v1 import common_pb2, orchestrator_pb2, pnode_pb2, vnode_pb2
 from p2pnet.vnode import edges
+from p2pnet.vnode.draft import BATCH_MAX
 from p2pnet.vnode.hosted import Hosted
 from p2pnet.vnode.messages import Decided, Trouble
-from p2pnet.vnode.network import BATCH_SAMPLES, REASON_CHARS_MAX
+from p2pnet.vnode.network import REASON_CHARS_MAX
 from p2pnet.vnode.step import StepCore
 
 GRAPH = small_graph()
@@ -241,7 +242,7 @@ def saying(array: Any, **changes: Any) -> Message:
 
 
 REFUSED_BY_HEAD = {
-    "too many samples": saying(np.zeros((BATCH_SAMPLES + 1, 6), np.float32)),
+    "too many samples": saying(np.zeros((BATCH_MAX + 1, 6), np.float32)),
     "other samples": saying(np.zeros((4, 7), np.float32)),
     "another dtype": saying(np.zeros((4, 6), np.float64)),
     "another place": said(slot=1),
@@ -307,7 +308,7 @@ def test_what_comes_again_or_late_is_not_decoded_again(
             await asyncio.sleep(5)
             await feed(swarm, GRAPH, HERE, batch(1))
             # "x" goes to two VNodes and "y" to one, in two steps
-            assert sorted(decoded) == sorted([BATCH_SAMPLES * 24] * 4 + [BATCH_SAMPLES * 8] * 2)
+            assert sorted(decoded) == sorted([BATCH_MAX * 24] * 4 + [BATCH_MAX * 8] * 2)
 
     play(main(), limit_s=100)
 
@@ -316,10 +317,10 @@ def test_the_largest_batch_is_taken(tmp_path: Path) -> None:
     async def main() -> None:
         async with MemorySwarm(tmp_path, "ab") as swarm:
             await place(swarm, GRAPH, HERE, by="b")
-            await feed(swarm, GRAPH, HERE, batch(1, BATCH_SAMPLES))
+            await feed(swarm, GRAPH, HERE, batch(1, BATCH_MAX))
             await swarm.until(lambda: len(reports(swarm)) == 1)
             [told] = reports(swarm)
-            assert told.held.samples == BATCH_SAMPLES
+            assert told.held.samples == BATCH_MAX
 
     play(main(), limit_s=100)
 

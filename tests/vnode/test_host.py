@@ -35,10 +35,10 @@ from p2pnet.dht.records import ALLOCATION, make_record
 from p2pnet.errors import RefusedError
 from p2pnet.keys import ACCEPTANCE, sha256, verify
 from p2pnet.v1 import common_pb2, pnode_pb2, records_pb2, vnode_pb2
-from p2pnet.vnode import standing, tenancy, tenancy_shell
+from p2pnet.vnode import refusing, standing, tenancy_shell
 from p2pnet.vnode.blob_ages import UNNAMED_KEPT_S
+from p2pnet.vnode.draft import BATCH_MAX
 from p2pnet.vnode.hosting import Hosting, Usage
-from p2pnet.vnode.network import BATCH_SAMPLES
 from p2pnet.vnode.shell import READY_KEPT_S, READYING_MAX
 from p2pnet.vnode.state import decode_state, model_digest, weights_of
 
@@ -137,7 +137,7 @@ def test_a_host_takes_no_more_than_it_lends(tmp_path: Path) -> None:
 def test_networks_that_are_gone_make_room_for_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tenancy, "NETWORKS_MAX", 2)
+    monkeypatch.setattr(refusing, "NETWORKS_MAX", 2)
     graphs = [small_graph(seed=seed) for seed in range(4)]
 
     async def main() -> None:
@@ -402,10 +402,13 @@ BAD: dict[str, dict[str, Any]] = {
     "dtype": {"array": X.astype(np.float64)},
     "digest": {"tensor_digest": sha256(b"another")},
     "no samples dimension": {
-        "vnode": "loss", "source": "y", "array": np.array(1), "batch_samples": 4,
+        "vnode": "loss",
+        "source": "y",
+        "array": np.array(1),
+        "batch_samples": 4,
     },
     "no samples": {"array": X[:0]},
-    "too many samples": {"array": np.zeros((BATCH_SAMPLES + 1, 6), np.float32)},
+    "too many samples": {"array": np.zeros((BATCH_MAX + 1, 6), np.float32)},
     "a shape without end": {
         "tensor": common_pb2.Tensor(dtype=common_pb2.DTYPE_FLOAT32, shape=[2**40] * 9)
     },

@@ -22,8 +22,9 @@ from p2pnet.client.passes import Passes
 from p2pnet.errors import MalformedError, NotFoundError, UsageError
 from p2pnet.v1 import common_pb2, pnode_pb2, vnode_pb2
 from p2pnet.vnode import gathering, outputs, tensors
+from p2pnet.vnode.draft import BATCH_MAX
 from p2pnet.vnode.hosted import Hosted
-from p2pnet.vnode.network import BATCH_SAMPLES, REASON_CHARS_MAX
+from p2pnet.vnode.network import REASON_CHARS_MAX
 from p2pnet.vnode.tensors import Array, Buffer, decode, encode
 
 BAD_REQUEST = common_pb2.REFUSAL_CODE_BAD_REQUEST
@@ -292,7 +293,7 @@ BAD: dict[str, dict[str, Any]] = {
     "dtype": {"tensor": encode(samples(4).astype(np.float64))[0]},
     "no samples dimension": {"tensor": encode(np.array(1.0, np.float32))[0]},
     "no samples": {"tensor": encode(samples(0))[0]},
-    "too many samples": {"tensor": encode(np.zeros((BATCH_SAMPLES + 1, 6), np.float32))[0]},
+    "too many samples": {"tensor": encode(np.zeros((BATCH_MAX + 1, 6), np.float32))[0]},
     "no tensor": {"tensor": common_pb2.Tensor()},
     "slot": {"slot": 7},
     "source": {"source": "fc2"},

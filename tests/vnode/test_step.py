@@ -131,6 +131,7 @@ def trained(
     *,
     steps: int = STEPS,
     core_type: type[StepCore] = StepCore,
+    events_max: int = 400_000,
 ) -> tuple[dict[str, bytes], Shuffled, Hashes]:
     hosts = split(graph, seed or 0)
     hashes = Hashes(graph, hosts)
@@ -143,6 +144,7 @@ def trained(
         None if seed is None else random.Random(seed),
         core_type=core_type,
         squares=(lambda host, step: hashes.hosted[host].squares(step)) if graph.clip_norm else None,
+        events_max=events_max,
     )
     net.train(steps)
     return hashes.states(), net, hashes
@@ -316,11 +318,13 @@ def test_mutants_are_caught(mutant: type[StepCore]) -> None:
 
     def differs(seed: int, core_type: type[StepCore]) -> bool:
         try:
-            return trained(graph, seed, core_type=core_type)[0] != golden._hosted.states
+            # The real core needs half as many events: who needs more is stuck.
+            found, _, _ = trained(graph, seed, core_type=core_type, events_max=EVENTS)
         except (AssertionError, KeyError, ValueError):
             return True
+        return found != golden._hosted.states
 
-    assert not any(differs(seed, StepCore) for seed in range(3))
+    assert not differs(0, StepCore)
     assert any(differs(seed, mutant) for seed in range(6))
 
 
