@@ -320,7 +320,8 @@ class Wire:
 
         async def answer(handler: Handler) -> tuple[vnode_pb2.HopReply, Buffer | None]:
             async with asyncio.timeout(timeout_s * 0.9):
-                return await handler(request, payload, Caller(letter.source, timeout_s * 0.9))
+                found = handler(request, payload, Caller(letter.source, timeout_s * 0.9))
+                return found if isinstance(found, tuple) else await found
 
         task = self._run_at(node, answer(node.answer_hop))
         await self._done(task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 from memory_wire import keypair_of
 
-from p2pnet import tracing
+from p2pnet import clock, tracing
+from p2pnet.causality import Causality
 from p2pnet.errors import MalformedError, UnreachableError
 from p2pnet.events import EventBus
 from p2pnet.hlc import Timestamp
@@ -27,7 +29,8 @@ class World:
     """Nodes by name; the first gathers. `dead` ones are members that have failed."""
 
     def __init__(self, names: str, dead: str = "") -> None:
-        self.buses = {name: EventBus() for name in names}
+        ticks = itertools.count(clock.wall_ms())  # what comes later has a later timestamp
+        self.buses = {name: EventBus(causality=Causality(ticks.__next__)) for name in names}
         self.dead = dead
         self.asked: list[tuple[str, str]] = []
         self.answers: dict[str, Callable[[pnode_pb2.NetworkEventsRequest], Any]] = {}

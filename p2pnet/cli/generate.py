@@ -49,19 +49,19 @@ def generate(
     with connect(data_dir, bootstrap) as client:
         network = client.network(name)
         started = time.monotonic()
-        if not as_json:
-            click.echo(prompt, nl=False)
-        pieces = []
-        for piece in network.generate(
-            prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed
-        ):
-            pieces.append(piece)
-            if not as_json:
-                click.echo(piece, nl=False)
+        pieces: list[str] = []
+        try:
+            for piece in network.generate(
+                prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed
+            ):
+                if not as_json:
+                    click.echo(piece if pieces else prompt + piece, nl=False)
+                pieces.append(piece)
+        finally:
+            if pieces and not as_json:
+                click.echo()
         seconds = time.monotonic() - started
     if as_json:
         print_json(
             {"prompt": prompt, "text": "".join(pieces), "tokens": tokens, "seconds": seconds}
         )
-    else:
-        click.echo()

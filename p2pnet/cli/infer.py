@@ -44,6 +44,7 @@ def infer(
     """
     import numpy as np
 
+    from p2pnet.client.batches import fitted, named
     from p2pnet.client.inference import Missing
     from p2pnet.data.arrays import write_npy
 
@@ -51,12 +52,14 @@ def infer(
     missing: list[Missing] = []
     with connect(data_dir, bootstrap) as client:
         network = client.network(name)
-        samples = len(next(iter(x.values())) if isinstance(x, dict) else x)
-        spec = network.graph.tensor(network.graph.output)
+        graph = network.graph
+        given = {ref: fitted(graph, ref, array) for ref, array in named(graph, x).items()}
+        samples = len(next(iter(given.values())))
+        spec = graph.tensor(graph.output)
         result = np.full((samples, *spec.shape), np.nan, spec.dtype)
         started = time.monotonic()
         with _Bar(None if as_json else samples) as bar:
-            for item in network.infer(x):
+            for item in network.infer(given):
                 if isinstance(item, Missing):
                     missing.append(item)
                     bar.advance(item.last - item.first + 1)
@@ -118,7 +121,9 @@ class _Bar:
             from rich.console import Console
             from rich.progress import Progress
 
-            self._bar = Progress(console=Console(stderr=True), transient=True)
+            console = Console(stderr=True)
+            # Where nobody looks, an empty line would be all that is left of the bar.
+            self._bar = Progress(console=console, transient=True, disable=not console.is_terminal)
             self._bar.start()
             self._task = self._bar.add_task("samples", total=self._samples)
         return self

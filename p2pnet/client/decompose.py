@@ -23,6 +23,8 @@ from p2pnet.errors import SpecError
 from p2pnet.vnode.catalogue import COMPONENTS, find_component
 from p2pnet.vnode.draft import DTYPE, TensorSpec
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
 
 @dataclass(slots=True)
 class Decomposed:
@@ -51,6 +53,7 @@ def decompose(
         if weight.dtype != torch.float32:
             kind = str(weight.dtype).removeprefix("torch.")
             raise SpecError(f"{name} is {kind}, and weights are {DTYPE}: model.float()")
+    _check_hooks(model)
     twin, graph, whole = trace(model, inputs, _check_leaf)
     builder = Builder(twin, fuse)
     names = list(inputs)
@@ -111,6 +114,24 @@ def inputs_of(model: nn.Module, shape: object) -> dict[str, TensorSpec]:
         f"the first layer, {type(first).__name__}, does not say what it takes: give "
         "input_shape=..., the shape of one sample"
     )
+
+
+def _check_hooks(model: nn.Module) -> None:
+    """A component computes what its class does, and nothing that was hung on an instance."""
+    for name, module in model.named_modules():
+        where = f"layer {name}" if name else "the model"
+        if any(getattr(module, hooks) for hooks in _HOOKS):
+            raise SpecError(
+                f"{where} has a hook, which would not be called: write into the forward what it "
+                "does (spectral_norm and weight_norm are hooks)"
+            )
+        if "forward" in vars(module):
+            raise SpecError(
+                f"{where} has a forward of its own instance: write a class with this forward"
+            )
+    for name, weight in model.named_parameters():
+        if weight._backward_hooks:
+            raise SpecError(f"{name} has a hook on its gradient, which would not be called")
 
 
 def _check_leaf(name: str, module: nn.Module) -> None:

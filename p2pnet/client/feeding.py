@@ -28,6 +28,7 @@ SLOWEST_BYTES_PER_S = 128 << 10  # a way that is slower than this is no way to t
 BUSY_S = 15.0  # a host that has no room is asked again for so long
 BUSY_PAUSE_S = 0.01  # it doubles with each try, up to ...
 BUSY_PAUSE_MAX_S = 0.5
+HOLD_S = 0.002  # a decision waits so long for a batch that carries it: a hop a host less
 
 _LATER = (common_pb2.REFUSAL_CODE_BUSY, common_pb2.REFUSAL_CODE_UNKNOWN_EPOCH)
 _NEVER = (common_pb2.REFUSAL_CODE_BAD_REQUEST, common_pb2.REFUSAL_CODE_TOO_LARGE)
@@ -63,6 +64,7 @@ class Feeding:
         self._room = asyncio.Semaphore(HOPS_MAX)
         self._bytes = 0  # on their way
         self._hops: dict[asyncio.Task[None], int] = {}  # and of which step
+        self._held: tuple[TellDecided, asyncio.TimerHandle] | None = None
         self._to_tell: dict[str, TellDecided] = {}  # by host: the newest
         self._telling: dict[asyncio.Task[None], None] = {}  # one a host
 
@@ -74,12 +76,30 @@ class Feeding:
         for hop, step in self._hops.items():
             if step <= out.decided_step:
                 hop.cancel()
+        if self._held is not None:
+            told, _ = self._held
+            if told.epoch != out.epoch or told.step <= out.decided_step:
+                self._let_go()
         self._steps.put_nowait(out)
         if self._worker is None:
             self._worker = self._start(self._work(self._steps))
 
     def tell(self, decided: TellDecided) -> None:
-        """Tells the hosts that batches go to; of several decisions the newest is enough."""
+        """Tells the hosts that batches go to, unless a batch does so at once.
+
+        Of several decisions the newest is enough.
+        """
+        self._let_go()
+        timer = asyncio.get_running_loop().call_later(HOLD_S, self._tell_all, decided)
+        self._held = decided, timer
+
+    def _let_go(self) -> None:
+        if self._held is not None:
+            self._held[1].cancel()
+            self._held = None
+
+    def _tell_all(self, decided: TellDecided) -> None:
+        self._held = None
         names = (*self._graph.inputs, TARGET)
         nodes = [node for name in names for node, _ in self._graph.consumers(name)]
         for host in dict.fromkeys(self._host(decided, node) for node in nodes):
@@ -91,6 +111,7 @@ class Feeding:
 
     async def close(self) -> None:
         """Ends all that is under way."""
+        self._let_go()
         tasks = [*self._hops, *self._telling, *([self._worker] if self._worker else [])]
         self._stop()
         for task in self._telling:

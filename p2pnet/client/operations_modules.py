@@ -30,14 +30,7 @@ def called(builder: Builder, node: fx.Node, args: Sequence[Any], kwargs: dict[st
         raise unsupported(node, f"{kind} takes one tensor of the network", "give it nothing else")
     if kind == "Identity":
         return given[0]
-    if getattr(module, "inplace", False) and _others(node):
-        raise unsupported(node, "inplace=True changes what others take too", "write inplace=False")
     return builder.layer(path, module, [given[0]], sample_of(node))
-
-
-def _others(node: fx.Node) -> bool:
-    source = node.args[0] if node.args else None
-    return isinstance(source, fx.Node) and len(source.users) > 1
 
 
 def _places(node: fx.Node, path: str, module: nn.Embedding, given: Tensor) -> Places:

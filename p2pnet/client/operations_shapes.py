@@ -34,7 +34,10 @@ def permute(builder: Builder, node: fx.Node, given: Given) -> Ref:
 
 def cat(builder: Builder, node: fx.Node, given: Given) -> Ref:
     """cat, of outputs."""
-    return builder.emit(node, "Concat", {"dim": given.get("dim", 0)}, list(given["tensors"]))
+    tensors = given["tensors"]
+    if isinstance(tensors, Parts):
+        tensors = [_part(builder, node, tensors, index) for index in range(len(tensors.sizes))]
+    return builder.emit(node, "Concat", {"dim": given.get("dim", 0)}, list(tensors))
 
 
 def split(builder: Builder, node: fx.Node, given: Given) -> Parts:
@@ -50,18 +53,22 @@ def getitem(builder: Builder, node: fx.Node, value: Any, index: Any) -> Any:
     """A part of what a split gives, of a parameter or of an output."""
     if isinstance(value, tuple | list | torch.Size):
         return value[index]
-    if isinstance(value, Parts):
-        start = sum(value.sizes[:index])
-        config = {"dim": value.dim, "start": start, "length": value.sizes[index]}
-        return builder.add(
-            builder.named(node, "part"), "Narrow", config, [value.whole], sample_of(node)
-        )
+    if isinstance(value, Parts) and isinstance(index, int):
+        return _part(builder, node, value, index)
     if isinstance(value, Weight):
         found = node.meta["value"]
         return Weight(value.name, found)
     if isinstance(value, Ref):
         return _sliced(builder, node, value, index if isinstance(index, tuple) else (index,))
     raise unsupported(node, "it takes a part of something", "take it from a layer's output")
+
+
+def _part(builder: Builder, node: fx.Node, parts: Parts, index: int) -> Ref:
+    length = parts.sizes[index]
+    config = {"dim": parts.dim, "start": sum(parts.sizes[:index]), "length": length}
+    shape = list(parts.whole.shape)
+    shape[parts.dim % (1 + len(shape)) - 1] = length
+    return builder.add(builder.named(node, "part"), "Narrow", config, [parts.whole], shape)
 
 
 def _sliced(builder: Builder, node: fx.Node, x: Ref, index: tuple[Any, ...]) -> Ref:

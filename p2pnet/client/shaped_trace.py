@@ -84,6 +84,7 @@ class _Tracer(fx.Tracer):
         self._inputs = inputs
         self._check = check
         self._running = False
+        self._stale: dict[fx.Node, fx.Node] = {}  # what was changed in place, and by what
 
     def proxy(self, node: fx.Node) -> ShapedProxy:
         return ShapedProxy(node, self)
@@ -123,11 +124,34 @@ class _Tracer(fx.Tracer):
         if kind == "call_module":
             self._check(target, self.root.get_submodule(target))
         if kind not in ("output", "get_attr"):
+            before = _versions(node)
             node.meta["value"] = self._run(node)
+            self._note_changed(node, before)
         return proxy
+
+    def _note_changed(self, node: fx.Node, before: Mapping[fx.Node, list[int]]) -> None:
+        """A graph has values, not memory: who takes what was changed has to take the change."""
+        changed = [one for one, now in _versions(node).items() if now != before[one]]
+        for source in changed:
+            if source.op == "get_attr":
+                raise SpecError(
+                    f"{place_of(node)} changes {source.target} in place: the forward of a network "
+                    "cannot change weights and buffers by itself"
+                )
+        memory = {at for source in changed for at in _memory(source)}
+        for other in node.graph.nodes:
+            if other is not node and not memory.isdisjoint(_memory(other)):
+                self._stale[other] = node
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, target, *args, **kwargs)
+        for source in node.all_input_nodes:
+            if source in self._stale:
+                raise SpecError(
+                    f"{place_of(self._stale[source])} changes {source.name} in place, which is "
+                    "taken again after that: take what the operation gives, or one that is not "
+                    "in place"
+                )
         if kind == "get_attr":  # constants are nodes without a proxy
             running, self._running = self._running, True  # not to be traced itself
             node.meta["value"] = _attribute(self.root, str(target))
@@ -230,6 +254,23 @@ def place_of(node: fx.Node) -> str:
     lines = [frame for frame in frames if "/torch/" not in frame[0] and frame[0] != __file__]
     at = f" ({lines[-1][0].rpartition('/')[2]}, line {lines[-1][1]})" if lines else ""
     return f"{what} in {path}{at}"
+
+
+def _tensors(node: fx.Node) -> list[Tensor]:
+    """What a node has given: a tensor, or several."""
+    found: list[Any] = []
+    fx.node.map_aggregate(node.meta.get("value"), found.append)
+    return [value for value in found if isinstance(value, Tensor)]
+
+
+def _versions(node: fx.Node) -> dict[fx.Node, list[int]]:
+    """How often what a node takes has been changed, as autograd counts it."""
+    return {one: [tensor._version for tensor in _tensors(one)] for one in node.all_input_nodes}
+
+
+def _memory(node: fx.Node) -> frozenset[int]:
+    """Where a node's tensors lie; views lie where their base does."""
+    return frozenset(tensor.untyped_storage().data_ptr() for tensor in _tensors(node))
 
 
 def _attribute(root: nn.Module, target: str) -> Any:

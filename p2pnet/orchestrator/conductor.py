@@ -36,18 +36,16 @@ from p2pnet.log.history import (
     open_charter,
 )
 from p2pnet.orchestrator import messages as m
-from p2pnet.orchestrator.agreement import Agreement
 from p2pnet.orchestrator.asks import Ask, Asks
 from p2pnet.orchestrator.desk import REASON_CHARS_MAX, Desk
 from p2pnet.orchestrator.feeding import refused
-from p2pnet.orchestrator.logbook import Entry, Logbook
+from p2pnet.orchestrator.logbook import Entry
 from p2pnet.orchestrator.moving import Move
-from p2pnet.orchestrator.relocations import Relocations
+from p2pnet.orchestrator.overview import Overview
 from p2pnet.orchestrator.sightings import closed_by_owner
 from p2pnet.orchestrator.standbys import count
-from p2pnet.orchestrator.training import Training
-from p2pnet.orchestrator.watching import LOOK_INTO_THE_LOG, Watch
-from p2pnet.v1 import common_pb2, log_pb2, orchestrator_pb2, pnode_pb2
+from p2pnet.orchestrator.watching import LOOK_INTO_THE_LOG
+from p2pnet.v1 import common_pb2, log_pb2
 from p2pnet.vnode.graph import CompiledGraph
 
 WAIT_S = 5.0  # for hosts, or for the log's keepers, before looking again
@@ -78,7 +76,7 @@ class Phase(Enum):
     OVER = auto()
 
 
-class Conductor:
+class Conductor(Overview):
     """One network under this node's claim.
 
     Args:
@@ -97,9 +95,7 @@ class Conductor:
         *,
         states: Mapping[str, common_pb2.BlobRef] | None = None,
     ) -> None:
-        self.phase = Phase.READING
-        self.taken_over = 0  # the epoch that we took the network with, where it had another's
-        self._desk = Desk(
+        desk = Desk(
             key,
             history,
             manifest,
@@ -110,11 +106,9 @@ class Conductor:
             log_is_free=self._write,
             alive={key.peer_id: None},
         )
-        self._training = Training(self._desk)
-        self._logbook = Logbook(self._desk)
-        self._agreement = Agreement(self._desk, self._training)
-        self._watch = Watch(self._desk)
-        self._asks = Asks(self._desk)
+        super().__init__(desk)
+        self.phase = Phase.READING
+        self._asks = Asks(desk)
         self._begin: m.Begin | None = None
         self._reason = ""
         self._noticed_at: float | None = None  # since when something is wrong
@@ -128,7 +122,6 @@ class Conductor:
         self._ready_at = 0.0
         self._improve_at = 0.0
         self._keepers_at: float | None = None  # when a lost keeper is replaced
-        self._relocations = Relocations()
 
     # The core
 
@@ -164,99 +157,9 @@ class Conductor:
         if self.phase is Phase.OVER:
             assert not self._asks.any
 
-    # What there is to say
-
     @property
     def _me(self) -> str:
         return self._desk.key.peer_id
-
-    @property
-    def graph(self) -> CompiledGraph:
-        """What is orchestrated."""
-        return self._desk.graph
-
-    @property
-    def history(self) -> History:
-        """The network's log, as far as it is known here. Not to be changed."""
-        return self._desk.history
-
-    @property
-    def manifest(self) -> common_pb2.Signed:
-        """What the network's owner signed."""
-        return self._desk.manifest
-
-    @property
-    def network_id(self) -> str:
-        """Whose conductor it is."""
-        return self._desk.history.network_id
-
-    @property
-    def epoch(self) -> int:
-        """Of our last claim; 0: none yet."""
-        return self._desk.epoch
-
-    @property
-    def placement(self) -> Mapping[str, str]:
-        """VNode -> peer id of its host."""
-        return self._desk.placement
-
-    @property
-    def state(self) -> str:
-        """In a word, for people: see `StatusReply.state`."""
-        return self._desk.state
-
-    @property
-    def detail(self) -> str:
-        """Why it is in that state."""
-        return self._desk.detail
-
-    @property
-    def committed_step(self) -> int:
-        """The step of the last commit; 0 if there is none."""
-        return self._desk.committed_step
-
-    @property
-    def states(self) -> Mapping[str, common_pb2.BlobRef]:
-        """The states of the last commit, or those that the network was submitted with."""
-        return self._desk.states
-
-    def holds(self, now: float) -> bool:
-        """Whether this orchestrator's lease holds: not if the log takes nothing of it for long.
-
-        Others may reach the log's keepers. If they do, they claim; if not, nothing is lost.
-        """
-        return self._logbook.holds(now)
-
-    def needs(self, peer_id: str) -> bool:
-        """Whether a peer hosts or follows a VNode, is about to, or keeps the log."""
-        hosts = (*self._desk.hosts_now, *self._agreement.hosts)
-        return peer_id in hosts or peer_id in self.history.keepers
-
-    def locations(self) -> list[pnode_pb2.Location]:
-        """Where every VNode lives, and its standbys."""
-        return self._desk.locations()
-
-    def status(self) -> orchestrator_pb2.StatusReply:
-        """All that there is to say."""
-        desk, training, health = self._desk, self._training, self._watch.health
-        return orchestrator_pb2.StatusReply(
-            network_id=self.network_id,
-            name=desk.graph.name,
-            state=desk.state,
-            epoch=desk.epoch,
-            step=training.step,
-            committed_step=desk.committed_step,
-            orchestrator=desk.key.peer_id,
-            vnodes=[health[vnode] for vnode in desk.graph.vnodes() if vnode in health],
-            locations=desk.locations(),
-            relocations=self._relocations.rows,
-            states=desk.states,
-            steps_decided=training.steps_decided,
-            step_bytes=training.step_bytes,
-            detail=desk.detail,
-            graph=desk.graph.to_json(),
-            taken_over=self.taken_over,
-        )
 
     # Events
 

@@ -72,6 +72,7 @@ class Ground:
         self.loads = Loads(graph.name, hosts, (unit.work for unit in self.units))
         self.distances = Distances(self.loads.hosts)
         self.near: dict[int, list[int]] = {}
+        self.sources = {vnode: sources_of(graph, vnode) for vnode in graph.vnodes()}
         self.groups = [host.ip_group or host.peer_id for host in self.loads.hosts]
 
 
@@ -147,8 +148,7 @@ class Greedy:
 
     def left(self) -> tuple[list[int], list[int]]:
         """For each host: how long it is busy with all that is placed, and its free memory."""
-        leaves = range(len(self._loads.hosts))
-        return self._loads.busy[:], [self._loads.free_bytes(leaf) for leaf in leaves]
+        return self._loads.busy[:], self._loads.all_free_bytes()
 
     def _place(self, unit: Unit, given: int | None) -> None:
         loads, work = self._loads, unit.work
@@ -254,7 +254,7 @@ class Greedy:
             (
                 (self._at[ref][1], self._at[ref][0], self._size_bytes(ref))
                 for node in unit.nodes
-                for ref in sources_of(self._graph, node.id)
+                for ref in self._ground.sources[node.id]
                 if ref in self._at and ref not in here
             ),
             reverse=True,
@@ -281,7 +281,7 @@ class Greedy:
         row = self._distances.row(leaf)
         return [
             (self._at[ref][1], hop_ns(row[self._at[ref][0]], self._size_bytes(ref)))
-            for ref in sources_of(self._graph, node.id)
+            for ref in self._ground.sources[node.id]
             if ref in self._at
         ]
 
@@ -292,16 +292,16 @@ class Greedy:
         # For people, so for swarms that a person can read.
         if unit.work.memory_bytes <= self._loads.least_free_bytes:
             return
-        for leaf, host in enumerate(self._loads.hosts):
-            if self._checks_left <= 0 or len(self.rejected) >= REJECTED_MAX:
-                return
-            self._checks_left -= 1
-            free = self._loads.free_bytes(leaf)
-            if free < unit.work.memory_bytes:
-                need = format_size(unit.work.memory_bytes)
-                whole = f" with the group {unit.nodes[0].group}" if len(unit.nodes) > 1 else ""
-                reason = f"needs {need}{whole}, has {format_size(max(0, free))} left"
-                self.rejected += [(node.id, host.peer_id, reason) for node in unit.nodes]
+        if self._checks_left <= 0 or len(self.rejected) >= REJECTED_MAX:
+            return
+        free = self._loads.all_free_bytes()
+        self._checks_left -= len(free)
+        need = format_size(unit.work.memory_bytes)
+        whole = f" with the group {unit.nodes[0].group}" if len(unit.nodes) > 1 else ""
+        for leaf in [leaf for leaf, left in enumerate(free) if left < unit.work.memory_bytes]:
+            reason = f"needs {need}{whole}, has {format_size(max(0, free[leaf]))} left"
+            peer_id = self._loads.hosts[leaf].peer_id
+            self.rejected += [(node.id, peer_id, reason) for node in unit.nodes]
 
 
 def _alike(ns: int) -> int:

@@ -85,6 +85,10 @@ class Loads:
         """What memory a host has left."""
         return self._free[self._size + leaf]
 
+    def all_free_bytes(self) -> list[int]:
+        """The same of every host."""
+        return self._free[self._size : self._size + len(self.hosts)]
+
     def finish_ns(self, leaf: int, work: Work) -> int:
         """How long a host would be busy with a step if it had this as well."""
         return self.busy[leaf] + self._cost(self._size + leaf, work)

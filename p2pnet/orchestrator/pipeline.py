@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate, groupby, pairwise
 
-from p2pnet.orchestrator.costs import edge_ns, sources_of, speed_of, step_ns
+from p2pnet.orchestrator.costs import edge_ns, speed_of, step_ns
 from p2pnet.orchestrator.greedy import Greedy, Ground, Unit
 from p2pnet.orchestrator.runs import Piece, Seat, split
 
@@ -93,7 +93,7 @@ class _Widths:
         position = {node.id: at for at, unit in enumerate(ground.units) for node in unit.nodes}
         edges, sizes = [0] * (count + 1), [0] * (count + 1)
         for vnode, at in position.items():
-            for source in sources_of(graph, vnode):
+            for source in ground.sources[vnode]:
                 first, last = sorted((position[source], at))
                 size = graph.node(source).output.size_bytes * ground.batch_size
                 if first != last:
@@ -107,11 +107,15 @@ class _Widths:
         """For two hosts, what a cut before each unit of a stretch, and behind it, costs in ns."""
         apart_ns = self._ground.distances.between_ns(one, other)
         if apart_ns not in self._known:
-            self._known[apart_ns] = [
-                edge_ns(apart_ns, 0) * count + edge_ns(apart_ns, size) - edge_ns(apart_ns, 0)
-                for count, size in zip(self._edges, self._sizes, strict=True)
-            ]
-        return self._known[apart_ns][begin : end + 1]
+            each_ns = edge_ns(apart_ns, 0)
+            cuts = list(zip(self._edges, self._sizes, strict=True))
+            costs = {
+                (edges, size): each_ns * (edges - 1) + edge_ns(apart_ns, size)
+                for edges, size in dict.fromkeys(cuts)
+            }
+            self._known[apart_ns] = [costs[cut] for cut in cuts]
+        whole = self._known[apart_ns]
+        return whole[begin : end + 1] if end - begin < len(whole) - 1 else whole
 
 
 def _piece(unit: Unit) -> Piece:

@@ -164,4 +164,5 @@ def _cost_s(plan: Greedy, ground: Ground, current: Mapping[str, str]) -> float:
         batch_size=ground.batch_size,
         current=current,
         distances=ground.distances,
+        sources=ground.sources,
     ).cost_s

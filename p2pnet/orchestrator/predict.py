@@ -63,15 +63,18 @@ def predict(
     batch_size: int,
     current: Mapping[str, str] | None = None,
     distances: Distances | None = None,
+    sources: Mapping[str, Sequence[str]] | None = None,
 ) -> Prediction:
     """Foretells a step. Linear in the graph's edges.
 
     `assignments` has every VNode of the graph, on hosts that are in `hosts`. `current`
     says which VNodes the hosts' own counts have in them already, `distances` what is known
-    of the same hosts in the same order, where that is there already.
+    of the same hosts in the same order, and `sources` every VNode's, where that is there
+    already.
     """
     index = {host.peer_id: number for number, host in enumerate(hosts)}
     far = distances or Distances(hosts)
+    takes = sources or {vnode: sources_of(graph, vnode) for vnode in graph.vnodes()}
     ours: dict[str, int] = {}
     for peer_id in (current or {}).values():
         ours[peer_id] = ours.get(peer_id, 0) + 1
@@ -97,7 +100,7 @@ def predict(
         host = hosts[at]
         ready = 0
         each.setdefault(host.peer_id, 0)
-        for ref in sources_of(graph, vnode):
+        for ref in takes[vnode]:
             if ref in done_at:
                 arrival = done_at[ref]
                 source = index[assignments[ref]]
@@ -135,7 +138,7 @@ def predict(
         on_host[peer_id] = on_host.get(peer_id, 0) + spent[vnode]
     slowest = max(sorted(on_host), key=lambda peer_id: on_host[peer_id])
     busiest = max(sorted(busy), key=lambda peer_id: busy[peer_id])
-    edges = [(hop(a, b), a, b) for a, b in pairwise(path) if a in sources_of(graph, b)]
+    edges = [(hop(a, b), a, b) for a, b in pairwise(path) if a in takes[b]]
     edge = max(edges, default=(0, "", ""), key=lambda edge: edge[0])
     return Prediction(
         (done_at[last] + (parts - 1) * max(each.values())) / 1e9,

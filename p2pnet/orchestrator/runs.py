@@ -62,7 +62,7 @@ def split(
     within_ns = limit_ns + (limit_ns >> _ALIKE_SHIFT)
     latest, earliest = runs.ends(within_ns), runs.begins(within_ns)
     away = _AWAY_MAX if count * last <= _LARGE else _AWAY_LARGE
-    # By seat, for each end of its run: ((empty, crossing, squares), the end before).
+    # By seat, for each end of its run: ((empty, crossing, uneven), the end before).
     table: list[dict[int, tuple[tuple[int, int, int], int]]] = [{0: ((0, 0, 0), 0)}]
     for number in range(last):
         after = number + 1
@@ -71,6 +71,8 @@ def split(
         high = min(latest[number], even + away)
         if after == last:
             low = high = count
+        # By this the sum of squares is least where all are busy for as long.
+        whole_ns = max(1, runs.busy_ns(number, 0, count) - seats[number].busy_ns)
         here: dict[int, tuple[tuple[int, int, int], int]] = {}
         for begin, (before, _) in table[-1].items():
             cut_ns = crossing[number - 1] if number else None
@@ -80,7 +82,8 @@ def split(
             most = runs.reach(number, begin, within_ns)
             for end in range(max(low, begin), min(high, most) + 1):
                 busy_ns = runs.busy_ns(number, begin, end)
-                value = (before[0] + (all and end == begin), paid, before[2] + busy_ns * busy_ns)
+                uneven = before[2] + busy_ns * busy_ns // whole_ns
+                value = (before[0] + (all and end == begin), paid, uneven)
                 if end not in here or value < here[end][0]:
                     here[end] = value, begin
         table.append(here)
@@ -149,9 +152,7 @@ class _Runs:
 
     def least_ns(self) -> int | None:
         """What the slowest run takes at least, and a hundredth; None: there is no room."""
-        high = max(
-            self.busy_ns(number, 0, self._count) for number in range(len(self._seats))
-        )
+        high = max(self.busy_ns(number, 0, self._count) for number in range(len(self._seats)))
         if self.ends(high)[-1] < self._count:
             return None
         low = 0

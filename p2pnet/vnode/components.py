@@ -175,6 +175,7 @@ class Component:
             ResourceError: not enough memory.
         """
         self._given.check(inputs, entry=entry)
+        self._given.check_learnable(inputs)
         wanted = wants_gradient or [True] * len(inputs)
         leaves = [
             tensor.detach().to(self._device).requires_grad_(want and tensor.is_floating_point())

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from p2pnet.errors import P2PNetError, RemoteError
@@ -101,8 +100,18 @@ class Courier:
             HopFailed: it could not be delivered.
             EpochOver: the network has moved on.
         """
-        async with self._turn((net.network_id, request.source, request.vnode)):
-            await self._send(net, request, payload, here)
+        edge = (net.network_id, request.source, request.vnode)
+        turns, users = self._under_way.get(edge) or (asyncio.Semaphore(UNDER_WAY_MAX), 0)
+        self._under_way[edge] = turns, users + 1
+        try:
+            async with turns:
+                await self._send(net, request, payload, here)
+        finally:
+            turns, users = self._under_way[edge]
+            if users == 1:
+                del self._under_way[edge]
+            else:
+                self._under_way[edge] = turns, users - 1
 
     async def _send(
         self, net: HostedNetwork, request: Hop, payload: Buffer | None, here: Here
@@ -173,20 +182,6 @@ class Courier:
                     net.locations[vnode] = allocation.host
                 return str(allocation.host), epoch
         raise HopFailed("", f"the DHT does not know where {vnode} lives")
-
-    @asynccontextmanager
-    async def _turn(self, edge: Edge) -> AsyncIterator[None]:
-        turns, users = self._under_way.get(edge) or (asyncio.Semaphore(UNDER_WAY_MAX), 0)
-        self._under_way[edge] = turns, users + 1
-        try:
-            async with turns:
-                yield
-        finally:
-            turns, users = self._under_way[edge]
-            if users == 1:
-                del self._under_way[edge]
-            else:
-                self._under_way[edge] = turns, users - 1
 
     async def _deliver(
         self, host: str, request: Hop, payload: Buffer | None, here: Here

@@ -58,6 +58,16 @@ class Inputs:
                     f"{self.vnode} knows {places} places, and the sequence has now {tokens} tokens"
                 )
 
+    def check_learnable(self, inputs: Sequence[Tensor]) -> None:
+        """Raises MalformedError for what fits, but has nothing to learn from."""
+        first = inputs[0]
+        if self.type.startswith("BatchNorm") and first.numel() == first.shape[1]:
+            raise MalformedError(
+                f"{self.vnode} ({self.type}) got one value a channel, which has no variance: "
+                "train with larger batches or fewer micro_batches, and leave out a last batch "
+                "of so few samples"
+            )
+
     def misfit(self, inputs: Sequence[Tensor]) -> MalformedError:
         """That it cannot take these."""
         given = " and ".join(str(form_of(tensor)) for tensor in inputs[:8])

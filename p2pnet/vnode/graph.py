@@ -81,13 +81,6 @@ class Node:
     codec: str = ""  # of its output on the wire; "": the network's
     buffers: Mapping[str, TensorSpec] = field(default_factory=dict)  # by torch's names, whole
 
-    def memory_bytes(self, batch_size: int) -> int:
-        """What its host needs for it while it trains with batches of that size.
-
-        Of a whole VNode, `CompiledGraph.memory_bytes` says it, with all that is in flight.
-        """
-        return self.state_bytes + self.activation_bytes * batch_size + VNODE_OVERHEAD_BYTES
-
 
 @dataclass(frozen=True, slots=True)
 class Optimizer:
@@ -174,15 +167,26 @@ class CompiledGraph(Settings):
         """What a host needs for a VNode while the network trains with its largest batches.
 
         Its state; the activations, each with its gradient, of the micro-batches that may
-        be between their forward and their backward; and as many more copies of the
-        weights as forwards may be behind (`staleness`).
+        be between their forward and their backward; as many more copies of the weights as
+        forwards may be behind (`staleness`); and, in `local`, the outputs that wait for a
+        slower block.
         """
         home = self._by_id[vnode]
         samples = -(-self.batch_max // self.micro_batches)
         in_flight = min(self.micro_batches * (1 + self.staleness), IN_FLIGHT_MAX)
         activations = sum(self._by_id[entry].activation_bytes for entry in self.entries(vnode))
         stashed = home.param_bytes * self.staleness
-        return home.state_bytes + stashed + activations * samples * in_flight + VNODE_OVERHEAD_BYTES
+        waiting = self._given_away_bytes(vnode) * self.window if self.learning == LOCAL else 0
+        flying = (activations * in_flight + waiting) * samples
+        return home.state_bytes + stashed + flying + VNODE_OVERHEAD_BYTES
+
+    def _given_away_bytes(self, vnode: str) -> int:
+        """Of a sample: what of a VNode's outputs another block takes."""
+        return sum(
+            self._by_id[entry].output.size_bytes
+            for entry in self.entries(vnode)
+            if any(self.block(end) != self.block(entry) for end, _ in self.consumers(entry))
+        )
 
     def at_length(self, length: int) -> CompiledGraph:
         """The same network, with the same weights, for sequences of `length` tokens.

@@ -10,7 +10,8 @@ from p2pnet.v1 import vnode_pb2
 
 CHUNK_BYTES = 512 << 10  # measured: docs/performance.md
 EXCHANGES_MAX = 256  # of one peer at a time
-ROOM_BYTES_MAX = 320 << 20  # of what one peer has sent, and what it is sent
+PAYLOAD_BYTES_MAX = 256 << 20
+ROOM_BYTES_MAX = 320 << 20  # of what one peer has sent at a time: one payload and then some
 WAITING_MAX = 2 * EXCHANGES_MAX  # messages that a peer is to be sent
 PARTS_FREE = 64  # of a payload, and one more for each ...
 PART_BYTES_MIN = 512  # ... bytes: a part costs half as much beside its data
@@ -116,7 +117,7 @@ class Assembly:
             raise MalformedError(f"{self._filled} bytes came of a payload of {self._size_bytes}")
         if self._filled < self._size_bytes:
             if len(parts) > PARTS_FREE + self._filled // PART_BYTES_MIN:
-                raise MalformedError(f"{self._filled} bytes of a payload came in {len(parts)} parts")
+                raise MalformedError(f"{self._filled} bytes came in {len(parts)} parts")
             return None
         return data if len(parts) == 1 else memoryview(b"".join(parts))
 
@@ -129,28 +130,23 @@ class Room:
         self.held_bytes = 0
         self._exchanges_max = exchanges_max
         self._bytes_max = bytes_max
-        self._within = within
+        self._all: tuple[Room, ...] = (self, *(room for outer in within for room in outer._all))
 
     def take(self, exchanges: int, size_bytes: int) -> bool:
         """For so many more exchanges and bytes; False: there is none, and nothing is taken."""
-        if not self._has(exchanges, size_bytes):
-            return False
-        self._add(exchanges, size_bytes)
+        for room in self._all:
+            if (
+                room.exchanges + exchanges > room._exchanges_max
+                or room.held_bytes + size_bytes > room._bytes_max
+            ):
+                return False
+        for room in self._all:
+            room.exchanges += exchanges
+            room.held_bytes += size_bytes
         return True
 
     def give_back(self, exchanges: int, size_bytes: int) -> None:
         """What was taken."""
-        self._add(-exchanges, -size_bytes)
-
-    def _has(self, exchanges: int, size_bytes: int) -> bool:
-        return (
-            self.exchanges + exchanges <= self._exchanges_max
-            and self.held_bytes + size_bytes <= self._bytes_max
-            and all(room._has(exchanges, size_bytes) for room in self._within)
-        )
-
-    def _add(self, exchanges: int, size_bytes: int) -> None:
-        self.exchanges += exchanges
-        self.held_bytes += size_bytes
-        for room in self._within:
-            room._add(exchanges, size_bytes)
+        for room in self._all:
+            room.exchanges -= exchanges
+            room.held_bytes -= size_bytes

@@ -21,8 +21,9 @@ from p2pnet.net.channel import Stream
 from p2pnet.net.dialer import Dialer, PeerContact
 from p2pnet.net.hop_frames import Buffer, Request
 from p2pnet.v1 import vnode_pb2
-from p2pnet.vnode.hops import PAYLOAD_BYTES_MAX, Asker
-from p2pnet.vnode.hops_flow import EXCHANGES_MAX
+from p2pnet.vnode.alarm_shell import Alarm
+from p2pnet.vnode.hops import Asker
+from p2pnet.vnode.hops_flow import EXCHANGES_MAX, PAYLOAD_BYTES_MAX
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +68,7 @@ class Hops:
         began = asyncio.get_running_loop().time()
         line = self._line(contact)
         try:
-            async with asyncio.timeout(timeout_s):
-                return await line.ask(request, data, began + timeout_s)
+            return await line.ask(request, data, began + timeout_s)
         except TimeoutError:
             if line.heard_at < began + timeout_s / 2:  # nobody may be there any more
                 self._drop(line)
@@ -119,6 +119,7 @@ class _Line:
         self._retired = False
         self._error: P2PNetError | None = None
         self._core = Asker()
+        self._alarm = Alarm(self._late)
         self._stream: Stream[vnode_pb2.HopFrame] | None = None
         self._opened = asyncio.Event()  # or failed
         self._to_send = asyncio.Event()
@@ -132,24 +133,22 @@ class _Line:
         return not self._retired and self._error is None and self._loop.time() < self._retire_at
 
     async def ask(self, request: Request, payload: memoryview | None, until: float) -> Answer:
-        """See `Hops.hop`."""
+        """See `Hops.hop`; raises TimeoutError at `until`."""
         self._users += 1
         try:
-            if not self._opened.is_set():
-                await self._opened.wait()
-            while self._error is None and self._is_full():
-                self._room.clear()
-                await self._room.wait()
-            if self._error is not None:
-                raise _copy(self._error)
+            if self._stream is None or self._error is not None or self._is_full():
+                await self._wait_for_room(until)
             assert self._stream is not None
+            now = self._loop.time()
             id = self._core.ask(
                 request,
                 payload,
-                until - self._loop.time(),
+                now,
+                until - now,
                 self._stream.stamp(),
                 reply_bytes_max=PAYLOAD_BYTES_MAX if isinstance(request, _WITH_TENSOR) else 0,
             )
+            self._alarm.by(until)
             answer: asyncio.Future[Answer] = self._loop.create_future()
             self._waiting[id] = answer
             self._to_send.set()
@@ -157,8 +156,8 @@ class _Line:
                 return await answer
             finally:
                 del self._waiting[id]
-                if answer.cancelled():
-                    self._core.give_up(id)
+                self._core.give_up(id)
+                if self._core.outbox:
                     self._to_send.set()
                 self._room.set()
         finally:
@@ -166,6 +165,21 @@ class _Line:
             self._users -= 1
             if self._retired and not self._users:
                 self.end(None)
+
+    async def _wait_for_room(self, until: float) -> None:
+        async with asyncio.timeout_at(until):
+            await self._opened.wait()
+            while self._error is None and self._is_full():
+                self._room.clear()
+                await self._room.wait()
+        if self._error is not None:
+            raise _copy(self._error)
+
+    def _late(self) -> float:
+        for id in self._core.late(self._loop.time()):
+            _fail(self._waiting[id], TimeoutError())
+        self._to_send.set()
+        return self._core.until
 
     def retire(self) -> None:
         """Takes nothing new, and ends with what is under way."""
@@ -233,9 +247,9 @@ class _Line:
     def _ended(self) -> None:
         assert self._error is not None
         self._idle.cancel()
+        self._alarm.stop()
         for answer in self._waiting.values():
-            if not answer.done():
-                answer.set_exception(_copy(self._error))
+            _fail(answer, _copy(self._error))
         self._opened.set()
         self._room.set()
         self._drop(self)
@@ -246,6 +260,12 @@ class _Line:
             self._drop(self)
         else:
             self._idle = self._loop.call_later(max(IDLE_S - quiet_s, 1.0), self._check_idle)
+
+
+def _fail(answer: asyncio.Future[Answer], error: Exception) -> None:
+    if not answer.done():
+        answer.set_exception(error)
+        answer.exception()  # who waited for it may be cancelled meanwhile
 
 
 def _copy(error: P2PNetError) -> P2PNetError:

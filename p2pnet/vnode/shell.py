@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 WARM_AFTER_S = 1.0
 READY_KEPT_S = 300.0  # states that were fetched for VNodes which may come
 READYING_MAX = 4  # callers at once for whom states are fetched
-PAYLOAD_UNKNOWN_BYTES = 64 << 20  # of a network that is not here, or not yet
 
 
 class Host:
@@ -258,8 +257,11 @@ class Host:
                 return await self._infer(request, payload, caller)
         return vnode_pb2.HopReply(refusal=no), None
 
-    def hop_bytes_max(self, request: Request) -> int:
-        """The most bytes that may come with a request: nothing larger is read."""
+    def hop_bytes_max(self, request: Request) -> int | None:
+        """The most bytes that may come with a request; None: its network is not here, or not yet.
+
+        Nothing larger is read.
+        """
         if isinstance(request, vnode_pb2.DecidedRequest | vnode_pb2.CollectRequest):
             return 0
         net = self._hosted.graph_of(
@@ -268,13 +270,13 @@ class Host:
             else request.id.network_id
         )
         if net is None:
-            return PAYLOAD_UNKNOWN_BYTES  # it is refused as soon as it is here
+            return None
         from p2pnet.vnode.engine import payload_bytes_max
 
         try:
             return payload_bytes_max(net.graph, request)
         except KeyError:
-            return PAYLOAD_UNKNOWN_BYTES
+            return None
 
     async def _train(
         self, request: vnode_pb2.TrainRequest, payload: Buffer | None, caller: str

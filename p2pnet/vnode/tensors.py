@@ -48,6 +48,8 @@ _BY_NAME = {dtype.name: value for value, dtype in _DTYPES.items() if value != pb
     "bfloat16": pb.DTYPE_BFLOAT16
 }
 _NAMES = {value: name for name, value in _BY_NAME.items()}
+# A dtype makes up its name anew each time, which was most of what `encode` took.
+_BY_DTYPE = {dtype: value for value, dtype in _DTYPES.items() if value != pb.DTYPE_BFLOAT16}
 
 
 def encode(
@@ -64,9 +66,11 @@ def encode(
         ValueError: a dtype, codec or number of dimensions that does not travel.
         UsageError: a value that the codec does not carry.
     """
-    dtype = _BY_NAME.get(dtype_name or array.dtype.name)
-    if dtype is None or _DTYPES[dtype].name != array.dtype.name:
-        raise ValueError(f"tensors of {dtype_name or array.dtype.name} do not travel")
+    dtype = None if dtype_name else _BY_DTYPE.get(array.dtype)
+    if dtype is None:
+        dtype = _BY_NAME.get(dtype_name or array.dtype.name)
+        if dtype is None or _DTYPES[dtype].name != array.dtype.name:
+            raise ValueError(f"tensors of {dtype_name or array.dtype.name} do not travel")
     if array.ndim > DIMS_MAX:
         raise ValueError(f"a tensor has at most {DIMS_MAX} dimensions, not {array.ndim}")
     values = flat(array)

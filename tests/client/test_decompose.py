@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -191,6 +191,9 @@ FUNCTIONS: dict[str, tuple[Any, list[str]]] = {
     "transpose": (lambda x: x.transpose(1, 2), ["Transpose"]),
     "permute": (lambda x: x.permute(0, 2, 1), ["Permute"]),
     "chunk": (chunked, ["Narrow", "Narrow", "Mul", "Narrow", "Add"]),
+    "cat of parts": (
+        lambda x: torch.cat(x.chunk(3, -1), dim=1), ["Narrow", "Narrow", "Narrow", "Concat"],
+    ),
     "last token": (lambda x: x[:, -1], ["Narrow", "Reshape"]),
     "slice": (lambda x: x[:, 1:, :4], ["Narrow", "Narrow"]),
     "attention": (
@@ -373,6 +376,10 @@ BAD: dict[str, tuple[nn.Module, str]] = {
     "two outputs": (Lambda(lambda x: (x, x)), "has to return one tensor"),
     "a parameter": (Mixed(), "a product of other shapes"),
     "frozen": (Frozen(), "weight of layer fc has requires_grad=False"),
+    "a running mean of all": (
+        nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(3, momentum=None)),
+        "layer 1: BatchNorm1d with momentum=None is not there",
+    ),
     "layer type": (
         nn.Sequential(nn.Linear(6, 6), nn.PReLU()), "layer 1 has the unknown type 'PReLU'",
     ),
@@ -395,18 +402,71 @@ def test_what_cannot_be_a_network_is_said_with_its_place(name: str) -> None:
     assert len(str(error.value)) < 500
 
 
-def test_an_inplace_change_of_what_others_take_is_refused() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc, self.relu = nn.Linear(6, 6), nn.ReLU(inplace=True)
+class Changing(nn.Module):
+    """Gives on what a change in place gives, what it was done to, or a view of that."""
 
+    def __init__(self, change: Callable[[Tensor], Tensor] | None, given: str) -> None:
+        super().__init__()
+        self.fc, self.relu = nn.Linear(6, 6), nn.ReLU(inplace=True)
+        self.change, self.given = change, given
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.fc(x)
+        part = before.view(before.shape)
+        after = self.relu(before) if self.change is None else self.change(before)
+        return {"after": after, "before": before, "part": part}[self.given]
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "a method": lambda x: x.relu_(),
+    "a function": lambda x: F.relu(x, inplace=True),
+    "a sum": lambda x: x.add_(x.tanh()),
+    "out=": lambda x: torch.sigmoid(x, out=x),
+    "a module": None,
+}
+
+
+@pytest.mark.parametrize("change", [name for name in CHANGES if name != "out="])
+def test_what_is_changed_in_place_is_what_the_operation_gives(change: str) -> None:
+    assert len(graph_of(Changing(CHANGES[change], "after"), (6,)).nodes) >= 2
+
+
+@pytest.mark.parametrize("given", ["before", "part"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_changed_in_place_is_not_taken_as_it_was(change: str, given: str) -> None:
+    with pytest.raises(SpecError, match=r"changes \w+ in place, which is taken again after that"):
+        graph_of(Changing(CHANGES[change], given), (6,))
+
+
+def test_a_forward_that_changes_its_own_weights_is_refused() -> None:
+    class Model(Mixed):
         def forward(self, x: Tensor) -> Tensor:
-            x = self.fc(x)
-            return x + self.relu(x)  # type: ignore[no-any-return]
+            self.scale.mul_(0.9)
+            return super().forward(x)
 
-    with pytest.raises(SpecError, match="inplace=True changes what others take too"):
+    with pytest.raises(SpecError, match="changes scale in place: the forward of a network"):
         graph_of(Model(), (6,))
+
+
+def hooked(hang: Callable[[nn.Linear], object]) -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+    hang(model[0])  # type: ignore[arg-type]
+    return model
+
+
+HUNG: dict[str, Callable[[nn.Linear], object]] = {
+    "layer 0 has a hook": lambda layer: layer.register_forward_hook(lambda *_: None),
+    "layer 0 has a hook, which": lambda layer: layer.register_forward_pre_hook(lambda *_: None),
+    "0.weight has a hook": lambda layer: layer.weight.register_hook(lambda g: 2 * g),
+    "layer 0 has a forward of its": lambda layer: setattr(layer, "forward", layer.forward),
+    "spectral_norm and weight_norm": lambda layer: nn.utils.spectral_norm(layer),
+}
+
+
+@pytest.mark.parametrize("words", HUNG)
+def test_what_was_hung_on_a_layer_is_not_left_out_unsaid(words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        graph_of(hooked(HUNG[words]), (6,))
 
 
 def test_a_mask_that_is_not_causal_is_refused() -> None:

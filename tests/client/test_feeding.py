@@ -14,7 +14,7 @@ from virtual_time import play
 from p2pnet.client import feeding as module
 from p2pnet.client.batches import Content
 from p2pnet.client.events import Batch, FeedFailed, FeedStep, TellDecided
-from p2pnet.client.feeding import BUSY_S, HOPS_MAX, Feeding
+from p2pnet.client.feeding import BUSY_S, HOLD_S, HOPS_MAX, Feeding
 from p2pnet.client.session import NetworkInfo
 from p2pnet.errors import LocalError, UnreachableError, UsageError
 from p2pnet.v1 import common_pb2, vnode_pb2
@@ -229,12 +229,51 @@ def test_a_decision_goes_to_every_host_once_and_the_newest_is_enough() -> None:
         world = World()
         for number in (1, 2, 3):
             world.feeding.tell(TellDecided(1, number, WHERE, (0.5,)))
-            await asyncio.sleep(0)
+            await asyncio.sleep(1.5 * HOLD_S)  # a hop takes longer
         await asyncio.sleep(1)
-        told = [(host, request.step) for host, request in world.sent]
-        assert told == [(h, n) for n in (1, 3) for h in ("host-a", "host-b", "host-c")]
+        told = sorted((request.step, host) for host, request in world.sent)
+        assert told == [(n, h) for n in (1, 3) for h in ("host-a", "host-b", "host-c")]
         assert list(world.sent[0][1].norms) == [0.5]
         await world.feeding.close()
+
+    play(main())
+
+
+@pytest.mark.parametrize(
+    ("decided_step", "epoch", "told"),
+    [(7, 1, []), (8, 1, []), (6, 1, [7]), (6, 2, [])],
+    ids=["the same", "a later one", "an earlier one", "another epoch"],
+)
+def test_a_decision_that_a_batch_carries_is_not_told(
+    decided_step: int, epoch: int, told: list[int]
+) -> None:
+    async def main() -> None:
+        world = World()
+        world.feeding.tell(TellDecided(1, 7, dict.fromkeys(WHERE, "host-a"), ()))
+        await asyncio.sleep(HOLD_S / 2)
+        world.feeding.feed(step(9, epoch=epoch, decided_step=decided_step))
+        await asyncio.sleep(1)
+        alone = [it for _, it in world.sent if isinstance(it, vnode_pb2.DecidedRequest)]
+        assert [it.step for it in alone] == told
+        assert len(world.trained()) == 3
+        await world.feeding.close()
+
+    play(main())
+
+
+def test_a_decision_that_no_batch_follows_is_told_soon() -> None:
+    async def main() -> None:
+        world = World()
+        world.feeding.tell(TellDecided(1, 7, WHERE, ()))
+        world.feeding.tell(TellDecided(1, 8, WHERE, ()))
+        assert not world.sent
+        await asyncio.sleep(1.5 * HOLD_S)
+        assert [it.step for _, it in world.sent] == [8, 8, 8]
+        await world.feeding.close()
+        world.feeding.tell(TellDecided(1, 9, WHERE, ()))
+        await world.feeding.close()
+        await asyncio.sleep(1)
+        assert len(world.sent) == 3
 
     play(main())
 

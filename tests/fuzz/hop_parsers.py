@@ -10,7 +10,8 @@ from fuzz.parsers import Parser, Read, stateless, written
 
 from p2pnet.net.hop_frames import first_frame, later_frame
 from p2pnet.v1 import common_pb2, vnode_pb2
-from p2pnet.vnode.hops import Answerer, Asked, Asker
+from p2pnet.vnode.hops import Asker
+from p2pnet.vnode.hops_answerer import Answerer, Asked
 from p2pnet.vnode.hops_flow import Room
 from p2pnet.vnode.tensors import FP16, INT8, RAW, ZSTD, decode, encode
 
@@ -64,11 +65,11 @@ def host_frame(rng: Random) -> bytes:
 def start_host(rng: Random) -> Read:
     """A host's side of a stream, which goes on after what should end it."""
     room = Room(16, ROOM_BYTES)
-    answerer = Answerer(lambda request: BYTES_MAX, room)
+    answerer = Answerer(lambda request: BYTES_MAX, room, room)
 
     def read(data: bytes) -> None:
         try:
-            event = answerer.heard(data)
+            event = answerer.heard(data, 0.0)
             if isinstance(event, Asked) and rng.random() < 0.8:
                 answerer.answer(event.id, vnode_pb2.HopReply(), event.payload, event.hlc)
         finally:
@@ -94,7 +95,7 @@ def start_caller(rng: Random) -> Read:
     """A caller's side of a stream."""
     asker = Asker()
     for _ in range(ASKED):
-        asker.ask(HEADS[1].forward, None, 5.0, "", reply_bytes_max=BYTES_MAX)
+        asker.ask(HEADS[1].forward, None, 0.0, 5.0, "", reply_bytes_max=BYTES_MAX)
 
     def read(data: bytes) -> None:
         replied = asker.heard(data)

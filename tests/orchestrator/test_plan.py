@@ -40,7 +40,7 @@ def test_it_is_the_placement_that_an_orchestrator_makes() -> None:
     assert found["rejected"] == found["warnings"] == []
     step = found["predicted"]
     assert step["path"] == list(DIGITS.vnodes())
-    assert 18 <= step["step_ms"] < 20
+    assert 18 + 4 <= step["step_ms"] < 18 + 5  # six VNodes, four edges between hosts
     assert (
         step["samples_per_s"] == round(32 / step["step_ms"] * 1e3, 1) or step["samples_per_s"] > 0
     )

@@ -239,12 +239,15 @@ def test_a_gain_counts_when_it_has_been_there_for_a_while() -> None:
 
 
 @pytest.mark.parametrize(
-    ("period_s", "moves_max"), [(60, 0), (150, 0), (480, 3), (1500, 3), (2400, 3)]
+    ("period_s", "moves_max"), [(60, 0), (150, 0), (480, 4), (1500, 4), (2400, 4)]
 )
 def test_a_load_that_comes_and_goes_does_not_make_it_move_back_and_forth(
     period_s: int, moves_max: int
 ) -> None:
-    """Two hosts are overloaded in turns, for an hour and a half."""
+    """Two hosts are overloaded in turns, for an hour and a half.
+
+    What each of them had moves once, and after half an hour's pause again.
+    """
 
     def moves(rules: Hysteresis) -> int:
         hosts = [host(f"p{n}") for n in range(4)]
@@ -362,5 +365,5 @@ def test_under_churn_it_seldom_moves(capsys: pytest.CaptureFixture[str]) -> None
             each = ", ".join(f"{moves:g} moves of {moved:g} VNodes" for moves, moved, _ in rows)
             sys.stdout.write(f"\n  {what} hysteresis, an hour of 200 nodes: {each}\n")
     assert max(moves for moves, _, _ in with_rules) <= Hysteresis().moves_an_hour
-    assert sum(moves for moves, _, _ in without) > 5 * sum(moves for moves, _, _ in with_rules)
+    assert min(moves for moves, _, _ in without) > 5 * max(moves for moves, _, _ in with_rules)
     assert min(moves for moves, _, _ in without) > Hysteresis().moves_an_hour

@@ -454,7 +454,6 @@ BAD_INPUTS = {
     "two queries": ("MultiheadAttention", [torch.ones(2, 3, 6), torch.ones(2, 3, 6)]),
     "head's class": ("LocalHead", [torch.ones(2, 12), torch.tensor([0, 3])]),
     "head's target": ("LocalHead", [torch.ones(2, 12), torch.ones(2)]),
-    "one mean of one": ("BatchNorm1d", [torch.ones(1, 2)]),
     "mixed shapes": ("CrossEntropyLoss", [torch.ones(2, 3, 4), torch.tensor([0, 1])]),
 }
 
@@ -465,9 +464,24 @@ def test_inputs_that_do_not_fit(name: str) -> None:
     component = a_component(type)
     with pytest.raises(MalformedError, match=r"^v "):
         component.forward("k", inputs)
-    if name != "one mean of one":  # which only learning cannot do
-        with pytest.raises(MalformedError, match=r"^v "):
-            component.infer(inputs)
+    with pytest.raises(MalformedError, match=r"^v "):
+        component.infer(inputs)
+
+
+@pytest.mark.parametrize(
+    ("type", "few", "enough"),
+    [("BatchNorm1d", (1, 2), (2, 2)), ("BatchNorm2d", (1, 2, 1, 1), (1, 2, 1, 2))],
+)
+def test_one_value_a_channel_is_nothing_to_learn_from(
+    type: str, few: tuple[int, ...], enough: tuple[int, ...]
+) -> None:
+    component = a_component(type)
+    with pytest.raises(
+        MalformedError, match=rf"^v \({type}\) got one value a channel, .* larger b"
+    ):
+        component.forward("k", [torch.ones(few)])
+    component.forward("k", [torch.ones(enough)])
+    assert component.infer([torch.ones(few)]).shape == few
 
 
 def test_a_gradient_that_does_not_fit_leaves_the_pass_as_it_is() -> None:

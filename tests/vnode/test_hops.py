@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import tracemalloc
 from collections.abc import Iterable
@@ -14,8 +15,18 @@ from hypothesis import strategies as st
 from p2pnet.errors import MalformedError
 from p2pnet.net.hop_frames import DATA_BYTES_MAX, Request, first_frame, later_frame, read_frame
 from p2pnet.v1 import common_pb2, vnode_pb2
-from p2pnet.vnode.hops import PAYLOAD_BYTES_MAX, Answerer, Asked, Asker, GivenUp, Replied
-from p2pnet.vnode.hops_flow import EXCHANGES_MAX, Outbox, Room
+from p2pnet.vnode.hops import Asker, Replied
+from p2pnet.vnode.hops_answerer import ARRIVE_S_MAX, UNKNOWN_BYTES_MAX, Answerer, Asked, GivenUp
+from p2pnet.vnode.hops_flow import (
+    EXCHANGES_MAX,
+    PARTS_FREE,
+    PAYLOAD_BYTES_MAX,
+    ROOM_BYTES_MAX,
+    WAITING_MAX,
+    Outbox,
+    Room,
+)
+from p2pnet.vnode.hops_server_shell import ALL_BYTES_MAX, ALL_EXCHANGES_MAX, ALL_STRANGE_BYTES_MAX
 
 CHUNK = 1000
 
@@ -28,8 +39,13 @@ def forward() -> vnode_pb2.ForwardRequest:
     return vnode_pb2.ForwardRequest(vnode="fc1", request_id=b"r" * 16)
 
 
-def taking(bytes_max: int = 1 << 20, room: Room | None = None) -> Answerer:
-    return Answerer(lambda request: bytes_max, room or Room(), chunk_bytes=CHUNK)
+def a_room(exchanges_max: int = EXCHANGES_MAX, bytes_max: int = ROOM_BYTES_MAX) -> Room:
+    return Room(exchanges_max, bytes_max)
+
+
+def taking(bytes_max: int | None = 1 << 20, room: Room | None = None) -> Answerer:
+    room = room or a_room()
+    return Answerer(lambda request: bytes_max, room, room, chunk_bytes=CHUNK)
 
 
 class Pair:
@@ -38,14 +54,15 @@ class Pair:
     def __init__(self, answerer: Answerer | None = None) -> None:
         self.asker = Asker(chunk_bytes=CHUNK)
         self.answerer = answerer or taking()
+        self.now = 0.0
 
     def ask(self, request: Request, payload: bytes | None = None, **more: int) -> int:
         data = None if payload is None else memoryview(payload)
         limit = more.get("reply_bytes_max", 1 << 20)
-        return self.asker.ask(request, data, 5.0, "1-0", reply_bytes_max=limit)
+        return self.asker.ask(request, data, self.now, 5.0, "1-0", reply_bytes_max=limit)
 
     def there(self) -> list[Asked | GivenUp]:
-        heard = [self.answerer.heard(raw) for raw in frames(self.asker.outbox)]
+        heard = [self.answerer.heard(raw, self.now) for raw in frames(self.asker.outbox)]
         return [event for event in heard if event is not None]
 
     def back(self) -> list[Replied]:
@@ -60,7 +77,10 @@ def view(payload: bytes | None) -> memoryview | None:
 
 def hear(core: Asker | Answerer, raws: Iterable[bytes]) -> None:
     for raw in raws:
-        core.heard(raw)
+        if isinstance(core, Asker):
+            core.heard(raw)
+        else:
+            core.heard(raw, 0.0)
 
 
 def frames(outbox: Outbox) -> list[bytes]:
@@ -76,7 +96,7 @@ def test_a_hop_there_and_back(size: int | None) -> None:
     payload = None if size is None else random.Random(size).randbytes(size)
     id = pair.ask(forward(), payload, reply_bytes_max=8 << 20)
     (asked,) = pair.there()
-    assert asked == Asked(id, forward(), view(payload), 5.0, "1-0")
+    assert asked == Asked(id, forward(), view(payload), 4.5, "1-0")
     reply = vnode_pb2.HopReply(tensor=common_pb2.Tensor(shape=[1]))
     pair.answerer.answer(id, reply, None if payload is None else memoryview(payload), "2-0")
     assert pair.back() == [Replied(id, reply, view(payload), "2-0")]
@@ -108,7 +128,7 @@ def test_a_small_message_waits_for_one_frame_of_a_large_one() -> None:
     large, small = pair.ask(train(), bytes(100 * CHUNK)), pair.ask(train(), b"small")
     order = [read_frame(raw)[0].id for raw in frames(pair.asker.outbox)]
     assert order[:3] == [large, small, large]
-    assert len(order) == 101
+    assert len(order) == 100  # the last two go together, as nobody waits
 
 
 def test_payloads_are_not_copied_on_the_way_out_or_in() -> None:
@@ -135,9 +155,8 @@ def test_what_is_given_up_is_not_sent_on() -> None:
     pair.asker.give_up(third)  # nothing of it has been sent: nothing is said of it
     raw += frames(pair.asker.outbox)
     assert len(raw) == 4
-    events = [pair.answerer.heard(frame) for frame in raw if frame is not None]
-    assert [type(event) for event in events if event] == [Asked, GivenUp]
-    assert [event.id for event in events if event] == [second, first]
+    events = [pair.answerer.heard(frame, 0.0) for frame in raw if frame is not None]
+    assert [(type(event), event.id) for event in events if event] == [(Asked, second)]
     assert pair.asker.outbox.unsent_bytes == 0
 
 
@@ -156,16 +175,18 @@ def test_a_late_reply_is_dropped() -> None:
 
 
 def test_an_answer_to_what_was_given_up_is_not_sent() -> None:
-    room = Room()
+    room = a_room()
     pair = Pair(taking(room=room))
     id = pair.ask(train(), b"x")
     pair.there()
-    assert (room.exchanges, room.held_bytes) == (1, 1)
+    held = (1, room.held_bytes)
+    assert room.held_bytes > 1
     pair.asker.give_up(id)
     assert pair.there() == [GivenUp(id)]
-    assert (room.exchanges, room.held_bytes) == (0, 0)
+    assert (room.exchanges, room.held_bytes) == held  # as long as its handler runs
     pair.answerer.answer(id, vnode_pb2.HopReply(), None, "")
     assert pair.back() == []
+    assert (room.exchanges, room.held_bytes) == (0, 0)
 
 
 def test_what_is_too_large_is_refused_with_both_sizes() -> None:
@@ -185,7 +206,7 @@ def test_nothing_is_allocated_for_what_is_announced() -> None:
     head = vnode_pb2.HopFrame(id=1, train=train(), size_bytes=PAYLOAD_BYTES_MAX + 1)
     tracemalloc.start()
     try:
-        assert answerer.heard(first_frame(head, memoryview(b"x"))) is None
+        assert answerer.heard(first_frame(head, memoryview(b"x")), 0.0) is None
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
@@ -212,16 +233,128 @@ def test_a_peer_has_so_much_room_over_all_its_streams() -> None:
 
 
 def test_all_peers_together_have_so_much_room() -> None:
-    node = Room(exchanges_max=100, bytes_max=1000)
-    one, other = Room(within=node), Room(within=node)
-    assert one.take(600)
-    assert not other.take(600)
-    assert other.take(400)
-    one.give_back(600)
-    assert other.take(600)
-    other.give_back(400)
-    other.give_back(600)
+    node = Room(100, 1000)
+    one, other = Room(100, 800, node), Room(100, 800, node)
+    assert not one.take(1, 801)
+    assert one.take(1, 600)
+    assert not other.take(1, 600)
+    assert other.take(1, 400)
+    one.give_back(1, 600)
+    assert other.take(1, 400)
+    other.give_back(2, 800)
     assert (node.exchanges, node.held_bytes, one.exchanges, other.exchanges) == (0, 0, 0, 0)
+
+
+def announce(answerer: Answerer, id: int, size: int, timeout_ms: int = 5000) -> None:
+    frame = vnode_pb2.HopFrame(id=id, forward=forward(), size_bytes=size, timeout_ms=timeout_ms)
+    assert answerer.heard(first_frame(frame, memoryview(b"")), 0.0) is None
+
+
+def test_announcements_take_no_room_of_others() -> None:
+    """Two strangers announce all that there is, and send nothing."""
+    node = Room(ALL_EXCHANGES_MAX, ALL_BYTES_MAX)
+    for _ in range(2):
+        stranger = taking(PAYLOAD_BYTES_MAX, Room(EXCHANGES_MAX, ROOM_BYTES_MAX, node))
+        for id in range(1, 9):
+            announce(stranger, id, ROOM_BYTES_MAX // 8)
+        assert not stranger.outbox  # nothing is refused
+    honest = Pair(taking(room=Room(EXCHANGES_MAX, ROOM_BYTES_MAX, node)))
+    honest.ask(train(), bytes(10 * CHUNK))
+    assert [type(event) for event in honest.there()] == [Asked]
+    assert node.held_bytes < 20 * CHUNK
+
+
+def test_a_callers_share_is_well_below_half_of_all() -> None:
+    assert PAYLOAD_BYTES_MAX < ROOM_BYTES_MAX < ALL_BYTES_MAX / 3
+    assert ALL_STRANGE_BYTES_MAX < ALL_BYTES_MAX / 5
+
+
+@pytest.mark.parametrize("timeout_s", [2.0, 4_000_000.0])
+def test_what_does_not_come_in_time_is_not_waited_for(timeout_s: float) -> None:
+    pair = Pair(taking(room=(room := a_room())))
+    id = pair.asker.ask(
+        train(), memoryview(bytes(5 * CHUNK)), 0.0, timeout_s, "", reply_bytes_max=0
+    )
+    first = pair.asker.outbox.take()
+    assert first is not None
+    pair.answerer.heard(first, 0.0)
+    due = min(timeout_s, ARRIVE_S_MAX)
+    assert pair.answerer.until == due
+    assert pair.answerer.late(due - 0.1) == []
+    assert room.exchanges == 1
+    assert pair.answerer.late(due) == []
+    assert (room.exchanges, room.held_bytes, pair.answerer.until) == (0, 0, math.inf)
+    (refused,) = pair.back()
+    assert (refused.id, refused.reply.refusal.code) == (id, common_pb2.REFUSAL_CODE_BUSY)
+    assert pair.there() == []  # the rest is not sent
+    assert pair.ask(train()) == pair.there()[0].id
+
+
+def test_who_is_not_answered_in_time_hears_so() -> None:
+    pair = Pair(taking(room=(room := a_room())))
+    id = pair.ask(train(), b"x")
+    (asked,) = pair.there()
+    assert pair.answerer.until == 4.5
+    assert pair.answerer.late(4.5) == [GivenUp(id)]
+    assert pair.back()[0].reply.refusal.code == common_pb2.REFUSAL_CODE_BUSY
+    assert room.exchanges == 1  # its handler still runs
+    pair.answerer.end(asked.id)
+    assert room.exchanges == 0
+    assert pair.asker.late(100.0) == []
+
+
+def test_a_caller_gives_up_what_has_no_reply_in_time() -> None:
+    pair = Pair()
+    first = pair.ask(train(), b"x")
+    pair.now = 1.0
+    second = pair.ask(train(), b"x")
+    assert len(pair.there()) == 2
+    assert pair.asker.until == 5.0
+    assert pair.asker.late(5.5) == [first]
+    assert (pair.asker.until, pair.asker.open) == (6.0, 1)
+    assert pair.there() == [GivenUp(first)]
+    assert pair.asker.late(6.0) == [second]
+
+
+def test_room_that_runs_out_while_a_payload_comes() -> None:
+    room = a_room(bytes_max=5 * CHUNK)
+    pair = Pair(taking(room=room))
+    large, small = pair.ask(train(), bytes(20 * CHUNK)), pair.ask(train(), b"x")
+    assert [event.id for event in pair.there()] == [small]
+    pair.answerer.answer(small, vnode_pb2.HopReply(), None, "")
+    replies = {it.id: it.reply.refusal.code for it in pair.back()}
+    assert replies == {large: common_pb2.REFUSAL_CODE_BUSY, small: 0}
+    assert (room.exchanges, room.held_bytes) == (0, 0)
+
+
+def test_a_network_that_is_not_known_has_little_room() -> None:
+    room = a_room()
+    strange = Room(EXCHANGES_MAX, 5 * CHUNK, room)
+    answerer = Answerer(lambda request: None, room, strange, chunk_bytes=CHUNK)
+    pair = Pair(answerer)
+    pair.ask(train(), bytes(UNKNOWN_BYTES_MAX + 1))
+    pair.ask(train(), bytes(3 * CHUNK))
+    pair.ask(train(), bytes(3 * CHUNK))
+    assert [type(event) for event in pair.there()] == [Asked]
+    codes = sorted(it.reply.refusal.code for it in pair.back())
+    assert codes == sorted([common_pb2.REFUSAL_CODE_TOO_LARGE, common_pb2.REFUSAL_CODE_BUSY])
+    assert strange.held_bytes == room.held_bytes < 5 * CHUNK
+
+
+def test_heads_take_room_too() -> None:
+    pair = Pair(taking(room=a_room(bytes_max=10_000)))
+    for _ in range(3):
+        pair.ask(vnode_pb2.DecidedRequest(norms=[1.0] * 500))
+    assert len(pair.there()) == 2
+    assert pair.back()[0].reply.refusal.code == common_pb2.REFUSAL_CODE_BUSY
+
+
+def test_refusals_that_nobody_reads_are_bounded() -> None:
+    answerer = taking(10, a_room(exchanges_max=0))
+    for id in range(1, WAITING_MAX + 2):
+        assert not answerer.outbox.is_full
+        hear(answerer, [head(id, 0)])
+    assert answerer.outbox.is_full
 
 
 def head(id: int = 1, size: int = 10, data: bytes = b"", **fields: object) -> bytes:
@@ -244,6 +377,7 @@ TO_A_HOST = {
     "an unknown id is given up": [later_frame(7, memoryview(b""))],
     "refused and more of it": [head(size=5000, data=bytes(5001))],
     "a frame too large": [head(size=1 << 21, data=bytes(DATA_BYTES_MAX + 1))],
+    "parts too small": [head(size=500), *[later_frame(1, memoryview(b"x"))] * (PARTS_FREE + 1)],
     "no frame": [b"\xff" * 20],
     "empty": [b""],
     "data before the head": [b"\x7a\x01x" + head()],
@@ -253,7 +387,7 @@ TO_A_HOST = {
 
 @pytest.mark.parametrize("name", TO_A_HOST)
 def test_who_breaks_the_rules_loses_the_stream(name: str) -> None:
-    room = Room()
+    room = a_room()
     answerer = taking(4000, room)
     with pytest.raises(MalformedError):
         hear(answerer, TO_A_HOST[name])
@@ -301,12 +435,13 @@ def test_any_order_of_events(seed: int) -> None:
     def to_host(count: int) -> None:
         for _ in range(count):
             raw = pair.asker.outbox.take()
-            event = None if raw is None else pair.answerer.heard(raw)
+            event = None if raw is None else pair.answerer.heard(raw, 0.0)
             if isinstance(event, Asked):
                 assert (event.payload or b"") == payloads[event.id]
                 waiting.append(event)
             elif isinstance(event, GivenUp):
                 waiting[:] = [asked for asked in waiting if asked.id != event.id]
+                pair.answerer.end(event.id)
 
     def to_caller(count: int) -> None:
         for _ in range(count):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -26,7 +27,10 @@ from p2pnet.net.rpc_server import RpcServer
 from p2pnet.net.tls import make_certificate
 from p2pnet.v1 import common_pb2, vnode_pb2
 from p2pnet.vnode import hops_server_shell, hops_shell
-from p2pnet.vnode.hops import PAYLOAD_BYTES_MAX
+from p2pnet.vnode.alarm_shell import Alarm
+from p2pnet.vnode.hops import Asker
+from p2pnet.vnode.hops_answerer import Answerer
+from p2pnet.vnode.hops_flow import EXCHANGES_MAX, PAYLOAD_BYTES_MAX, ROOM_BYTES_MAX, Room
 from p2pnet.vnode.hops_server_shell import Handler, HopsServer
 from p2pnet.vnode.hops_shell import UNSENT_BYTES_MAX, Hops
 
@@ -38,7 +42,7 @@ Answered = tuple[vnode_pb2.HopReply, Buffer | None]
 
 
 async def echo(request: Request, payload: memoryview | None, caller: Caller) -> Answered:
-    assert caller.peer_id == CALLER.peer_id
+    assert caller.peer_id in (CALLER.peer_id, "c")
     if isinstance(request, vnode_pb2.ForwardRequest):
         return vnode_pb2.HopReply(), payload
     return vnode_pb2.HopReply(), None
@@ -424,5 +428,161 @@ def test_a_caller_that_reads_nothing_costs_a_host_bounded_memory() -> None:
                     pass
                 assert sent < 200
                 assert len(handled) <= UNSENT_BYTES_MAX // len(data) + 40
+
+    asyncio.run(main())
+
+
+class Wire:
+    """The called side of a stream without gRPC, which hears frames at once."""
+
+    def __init__(self, handler: Handler) -> None:
+        self.asker = Asker()
+        self.room = Room(EXCHANGES_MAX, ROOM_BYTES_MAX)
+        self.replies: list[vnode_pb2.HopReply] = []
+        self.replied = asyncio.Event()
+        core = Answerer(lambda request: 1 << 26, self.room, self.room)
+        self.frames: asyncio.Queue[bytes] = asyncio.Queue()
+        self.serving = hops_server_shell._Serving(handler, core, Caller("c", 60.0), self._write)
+        self._task = asyncio.ensure_future(self.serving.run(self._requests()))
+
+    def ask(self, timeout_s: float = 5.0, payload: bytes | None = None) -> int:
+        data = None if payload is None else memoryview(payload)
+        return self.asker.ask(train(), data, 0.0, timeout_s, "", reply_bytes_max=0)
+
+    def flush(self, frames: int = 1000) -> None:
+        for _ in range(frames):
+            if (raw := self.asker.outbox.take()) is not None:
+                self.frames.put_nowait(raw)
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    async def _requests(self) -> AsyncIterator[bytes]:
+        while True:
+            yield await self.frames.get()
+            self.frames.task_done()
+
+    async def _write(self, raw: bytes) -> None:
+        replied = self.asker.heard(raw)
+        assert replied is not None
+        self.replies.append(replied.reply)
+        self.replied.set()
+
+
+async def turns(count: int = 20) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def test_what_is_given_up_before_it_has_begun_leaves_nothing() -> None:
+    async def main() -> None:
+        wire = Wire(echo)
+        for _ in range(100):
+            id = wire.ask()
+            wire.flush()
+            wire.asker.give_up(id)
+            wire.flush()
+        await wire.frames.join()
+        await turns()
+        assert not wire.serving._tasks
+        assert (wire.room.exchanges, wire.room.held_bytes) == (0, 0)
+        await wire.close()
+
+    asyncio.run(main())
+
+
+def test_room_is_taken_as_long_as_a_handler_runs() -> None:
+    async def main() -> None:
+        go = asyncio.Event()
+
+        async def stubborn(
+            request: Request, payload: memoryview | None, caller: Caller
+        ) -> Answered:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await go.wait()
+            raise AssertionError
+
+        wire = Wire(stubborn)
+        ids = [wire.ask() for _ in range(EXCHANGES_MAX)]
+        wire.flush()
+        await turns(EXCHANGES_MAX + 20)
+        for id in ids:
+            wire.asker.give_up(id)
+        wire.ask()
+        wire.flush()
+        await turns(2 * EXCHANGES_MAX + 20)
+        (reply,) = wire.replies
+        assert reply.refusal.code == common_pb2.REFUSAL_CODE_BUSY
+        assert wire.room.exchanges == EXCHANGES_MAX
+        go.set()
+        await turns()
+        assert (wire.room.exchanges, wire.room.held_bytes) == (0, 0)
+        await wire.close()
+
+    asyncio.run(main())
+
+
+def test_what_is_announced_and_does_not_come_is_refused() -> None:
+    async def main() -> None:
+        wire = Wire(echo)
+        wire.ask(0.05, bytes(2 << 20))
+        wire.flush(1)
+        async with asyncio.timeout(LIMIT_S):
+            await wire.replied.wait()
+        assert wire.replies[0].refusal.code == common_pb2.REFUSAL_CODE_BUSY
+        assert (wire.room.exchanges, wire.room.held_bytes) == (0, 0)
+        await wire.close()
+
+    asyncio.run(main())
+
+
+def test_a_handler_may_answer_at_once() -> None:
+    def at_once(request: Request, payload: memoryview | None, caller: Caller) -> Answered:
+        if payload is None:
+            raise MalformedError("nothing came")
+        return vnode_pb2.HopReply(), payload
+
+    async def main() -> None:
+        async with a_host(serving(at_once).method) as (host, hops, contact, _):
+            payloads = [os.urandom(size) for size in (1, 1000, 3_000_000) * 4]
+            answers = await asyncio.gather(
+                *(hops.hop(contact, FORWARD, payload, timeout_s=20) for payload in payloads)
+            )
+            assert [bytes(data or b"") for _, data in answers] == payloads
+            reply, _ = await hops.hop(contact, train(), None, timeout_s=5)
+            assert reply.refusal.code == common_pb2.REFUSAL_CODE_BAD_REQUEST
+            assert host.begun == 1
+
+    asyncio.run(main())
+
+
+def test_an_alarm_rings_for_the_earliest_deadline_and_then_the_next() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        rung: list[float] = []
+        began = loop.time()
+        done = asyncio.Event()
+
+        def ring() -> float:
+            rung.append(loop.time() - began)
+            if len(rung) == 2:
+                done.set()
+            return began + 0.1 if len(rung) == 1 else math.inf
+
+        alarm = Alarm(ring)
+        alarm.by(began + 5)
+        alarm.by(began + 0.05)
+        alarm.by(began + 0.2)  # it is asked for when the first one rings
+        async with asyncio.timeout(LIMIT_S):
+            await done.wait()
+        assert rung[0] > 0.04
+        assert rung[1] > 0.09
+        alarm.by(loop.time())
+        alarm.stop()
+        await asyncio.sleep(0.01)
+        assert len(rung) == 2
 
     asyncio.run(main())

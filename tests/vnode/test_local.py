@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,16 @@ def test_gradients_stay_inside_of_a_block() -> None:
     assert all(chain.gradient_flows(node.id, 0) for node in chain.nodes if node.inputs != ("x",))
     assert not chain.gradient_flows("flat", 0)
     assert not chain.gradient_flows("loss", 1)
+
+
+def test_what_waits_for_a_slower_block_is_in_the_memory_that_a_vnode_needs() -> None:
+    graph = local()
+    chain = replace(graph, learning="chain")
+    more = {v: graph.memory_bytes(v) - chain.memory_bytes(v) for v in graph.vnodes()}
+    crossing = 20 * 1024 * 8 * 4  # steps, samples, values of float32
+    assert {vnode: size for vnode, size in more.items() if size} == {
+        "flat": crossing, "act": crossing, "skip": crossing,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["mlp", "resnet", "transformer"])

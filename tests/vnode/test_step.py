@@ -319,7 +319,7 @@ def test_mutants_are_caught(mutant: type[StepCore]) -> None:
     def differs(seed: int, core_type: type[StepCore]) -> bool:
         try:
             # The real core needs half as many events: who needs more is stuck.
-            found, _, _ = trained(graph, seed, core_type=core_type, events_max=EVENTS)
+            found, _, _ = trained(graph, seed, core_type=core_type, events_max=12_000)
         except (AssertionError, KeyError, ValueError):
             return True
         return found != golden._hosted.states
