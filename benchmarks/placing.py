@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from p2pnet.gossip.coordinates import Coordinate
 from p2pnet.orchestrator.placement import HostView, place
 from p2pnet.orchestrator.predict import predict
+from p2pnet.vnode.compiling import compile_graph
 from p2pnet.vnode.draft import Draft, TensorSpec
-from p2pnet.vnode.graph import CompiledGraph, compile_graph
+from p2pnet.vnode.graph import CompiledGraph
 
 SIZES = ((100, 20), (1_000, 100), (10_000, 1_000))  # VNodes, PNodes
 _SEED = 7

@@ -40,9 +40,9 @@ from p2pnet.tracing import Tracing
 from p2pnet.units import format_size
 from p2pnet.v1 import control_pb2 as pb
 from p2pnet.v1 import records_pb2
+from p2pnet.vnode.compiling import from_json
 from p2pnet.vnode.draft import BATCH_MAX
 from p2pnet.vnode.faults import Faults
-from p2pnet.vnode.graph import from_json
 from p2pnet.vnode.shell import Host
 
 SETTLE_S_MAX = 10.0

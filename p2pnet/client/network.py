@@ -54,6 +54,7 @@ class AsyncNetwork:
         self.info = info
         self._client = client
         self._run: TrainingRun | None = None
+        self._turn = asyncio.Lock()  # a run is begun, fed and finished by one at a time
         self._on_notice: Callable[[str], None] | None = None
         self._graph: CompiledGraph | None = None
         self._passes: Passes | None = None
@@ -127,25 +128,27 @@ class AsyncNetwork:
 
     async def give(self, x: Any, y: Any) -> Given:
         """Hands in a batch and waits for there being room, not for the step to be decided."""
-        if self._run is None:
-            self._run = TrainingRun(self._client.session, self.info, self._on_notice)
-            self._graph = await limited(self._run.start(), STEP_TIMEOUT_S)
-        target = as_array(y)
-        inputs = named(await self.graph(), x)
-        result = await self._run.give(inputs, target)
-        return Given(len(target), result)
+        async with self._turn:
+            run = self._run
+            if run is None:
+                run = self._run = TrainingRun(self._client.session, self.info, self._on_notice)
+                self._graph = await limited(run.start(), STEP_TIMEOUT_S)
+            target = as_array(y)
+            result = await run.give(named(await self.graph(), x), target)
+            return Given(len(target), result)
 
     async def finish(self) -> int:
         """Commits what was trained; returns the step. Done by itself before weights are read."""
-        if self._run is None:
-            return 0
-        run, self._run = self._run, None
-        try:
-            done = await limited(run.finish(), STEP_TIMEOUT_S)
-        finally:
-            self.recoveries += run.recoveries
-            await run.close()
-        return int(done.step)
+        async with self._turn:
+            if self._run is None:
+                return 0
+            run, self._run = self._run, None
+            try:
+                done = await limited(run.finish(), STEP_TIMEOUT_S)
+            finally:
+                self.recoveries += run.recoveries
+                await run.close()
+            return int(done.step)
 
     async def abandon(self) -> None:
         """Ends a training run as it is; what was decided is still committed."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from p2pnet.orchestrator.costs import (
     Distances,
@@ -17,6 +16,7 @@ from p2pnet.orchestrator.costs import (
 from p2pnet.orchestrator.loads import FOREVER_NS, Loads, Work
 from p2pnet.orchestrator.nearness import Arrival, Nearness
 from p2pnet.orchestrator.shortage import SwarmTooSmallError, too_small
+from p2pnet.orchestrator.unit import Unit, units_of
 from p2pnet.units import format_size
 from p2pnet.vnode.graph import CompiledGraph, Node
 
@@ -26,34 +26,6 @@ STAY_FACTOR = 2
 REJECTED_MAX = 1_000
 _ALIKE_SHIFT = 3  # hosts within an eighth of the best are as good
 _CHECKS_MAX = 100_000
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """What goes to one host as a whole: a VNode, or all of a group."""
-
-    nodes: tuple[Node, ...]
-    work: Work
-    replicas: int
-
-
-def units_of(graph: CompiledGraph, batch_size: int, replicas: Mapping[str, int]) -> Sequence[Unit]:
-    together: dict[tuple[str, str], list[Node]] = {}
-    for vnode in graph.vnodes():
-        node = graph.node(vnode)
-        together.setdefault(("group", node.group) if node.group else ("", vnode), []).append(node)
-    return [
-        Unit(
-            tuple(nodes),
-            Work(
-                len(nodes),
-                sum(graph.memory_bytes(node.id) for node in nodes),
-                sum(flops_of(graph, node.id) for node in nodes) * batch_size,
-            ),
-            max(replicas.get(node.id, 0) for node in nodes),
-        )
-        for nodes in together.values()
-    ]
 
 
 class Ground:

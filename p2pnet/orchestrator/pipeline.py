@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from itertools import accumulate, groupby, pairwise
 
 from p2pnet.orchestrator.costs import edge_ns, speed_of, step_ns
-from p2pnet.orchestrator.greedy import Greedy, Ground, Unit
+from p2pnet.orchestrator.greedy import Greedy, Ground
 from p2pnet.orchestrator.runs import Piece, Seat, split
+from p2pnet.orchestrator.unit import Unit
 
 _TOUR_MAX = 100  # hosts that are put in the order of the way from one to the next
 

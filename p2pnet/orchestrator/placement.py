@@ -8,7 +8,8 @@ that is least: HEFT (Topcuoglu, Hariri, Wu, "Performance-Effective and Low-Compl
 Scheduling for Heterogeneous Computing", IEEE TPDS 13(3), 2002, the earliest finish with
 communication), with the host's whole load in place of its first gap, as the steps of a
 network repeat and a host serves several. Without distances that is greedy list scheduling
-(Graham 1969: within twice the best for equal hosts).
+(Graham 1969: within twice the best for equal hosts). On the hosts found neighbours are then
+brought together (`pipeline`), where the foretold step is better for it.
 
 Of hosts that are about as good (an eighth of a step) those come first that are alone in
 their IP group, and of a crowded one its first, so that the loss of one neighbourhood takes

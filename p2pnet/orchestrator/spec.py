@@ -25,8 +25,9 @@ from pydantic import (
 )
 
 from p2pnet.errors import SpecError
+from p2pnet.vnode.compiling import compile_graph
 from p2pnet.vnode.draft import DTYPE, LOCAL, Draft, Settings, TensorSpec
-from p2pnet.vnode.graph import CompiledGraph, compile_graph
+from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.local import HEADS, with_heads
 
 try:  # ten times as fast where PyYAML was built with libyaml

@@ -36,8 +36,9 @@ from p2pnet.sim.orchestrator_node import OrchestratorNode, Witness
 from p2pnet.sim.views import GossipView, Oracle, View
 from p2pnet.sim.world import World
 from p2pnet.v1 import common_pb2, orchestrator_pb2, records_pb2
+from p2pnet.vnode.compiling import compile_graph
 from p2pnet.vnode.draft import Draft, Settings, TensorSpec
-from p2pnet.vnode.graph import CompiledGraph, compile_graph
+from p2pnet.vnode.graph import CompiledGraph
 
 RESUBMIT_S = 8.0
 GFLOPS = 10.0, 40.0

@@ -1,55 +1,26 @@
 """The compiled graph of a network: all that a host or a later orchestrator needs. Without torch.
 
-`compile_graph` turns what a spec says into shapes, bytes and FLOPs, or says what
-does not fit. As JSON the graph is canonical, and `from_json` compiles it anew and
-takes only the very bytes that this gives: a peer cannot lie about a derived number,
-and one digest (the manifest's `spec_digest`) stands for one graph. A change to any
-formula here therefore needs a new FORMAT_VERSION; a new key that is left out where
-it says nothing (as a node's `group`) does not, as the graphs of before keep their bytes.
+`p2pnet.vnode.compiling` makes it, from what a spec says or from its JSON. As JSON the
+graph is canonical, so that one digest (the manifest's `spec_digest`) stands for one graph.
+A change to any formula therefore needs a new FORMAT_VERSION; a new key that is left out
+where it says nothing (as a node's `group`) does not, as the graphs of before keep their
+bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
 
-from p2pnet.errors import MalformedError, SpecError
 from p2pnet.keys import sha256
-from p2pnet.vnode.catalogue import (
-    COMPONENTS,
-    LOCAL_HEAD,
-    TIED_HOME,
-    DoesNotFit,
-    Shape,
-    find_component,
-    find_loss,
-    find_optimizer,
-    show,
-)
-from p2pnet.vnode.config import Config, fill
-from p2pnet.vnode.draft import (
-    CHAIN,
-    DTYPE,
-    DTYPE_BYTES,
-    LOCAL,
-    NODE_BYTES_MAX,
-    TARGET,
-    WHOLE_DTYPE,
-    Draft,
-    Settings,
-    TensorSpec,
-    check_names,
-    check_tensor,
-    in_order,
-)
+from p2pnet.vnode.catalogue import LOCAL_HEAD, Shape
+from p2pnet.vnode.config import Config
+from p2pnet.vnode.draft import CHAIN, LOCAL, TARGET, Settings, TensorSpec
 
 FORMAT_VERSION = 1
-JSON_BYTES_MAX = 4 << 20
 
 # What a hosted VNode costs beside its tensors: its objects, queues and buffers.
 VNODE_OVERHEAD_BYTES = 256 << 10
@@ -57,8 +28,6 @@ VNODE_OVERHEAD_BYTES = 256 << 10
 IN_FLIGHT_MAX = 8
 _LENGTHS_KEPT = 32
 _USUAL = Settings()
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +120,7 @@ class CompiledGraph(Settings):
             return False  # a network input, or "y"
         if self.learning == CHAIN:
             return True
-        return self.block(ref) == self.block(node_id) and node_id in self._taught
+        return self.block(ref) == self.block(node_id) and node_id in self.taught
 
     def codec_of(self, ref: str) -> str:
         """The codec of what a node gives, and of its gradient; of inputs: the network's."""
@@ -196,10 +165,12 @@ class CompiledGraph(Settings):
         Raises:
             SpecError: there is none, or it would not fit the network.
         """
+        from p2pnet.vnode.compiling import at_length
+
         if length not in self._lengths:
             while len(self._lengths) >= _LENGTHS_KEPT:
                 del self._lengths[next(iter(self._lengths))]
-            self._lengths[length] = _at_length(self, length)
+            self._lengths[length] = at_length(self, length)
         return self._lengths[length]
 
     def to_json(self) -> bytes:
@@ -213,7 +184,9 @@ class CompiledGraph(Settings):
 
     @staticmethod
     def from_json(data: bytes) -> CompiledGraph:
-        """As `from_json`."""
+        """As `p2pnet.vnode.compiling.from_json`."""
+        from p2pnet.vnode.compiling import from_json
+
         return from_json(data)
 
     @cached_property
@@ -237,7 +210,7 @@ class CompiledGraph(Settings):
         return {ref: tuple(ends) for ref, ends in edges.items()}
 
     @cached_property
-    def _taught(self) -> dict[str, None]:
+    def taught(self) -> dict[str, None]:
         """The nodes that a gradient of their own block comes to, in `local`."""
         taught: dict[str, None] = {}
         for node in (self.loss, *reversed(self.nodes)):
@@ -255,7 +228,7 @@ class CompiledGraph(Settings):
         # Mappings are plain dicts and tuples become lists. What came after the first
         # networks is left out where it says nothing, so that their bytes stay as they are.
         top = dataclasses.asdict(self)
-        for key in _LATER_SETTINGS:
+        for key in LATER_SETTINGS:
             if top[key] == getattr(_USUAL, key):
                 del top[key]
         for node in (*top["nodes"], top["loss"]):
@@ -268,319 +241,6 @@ class CompiledGraph(Settings):
         return json.dumps(top, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-_LATER_SETTINGS = ("batch_max", "clip_norm", "staleness", "replicas", "codec")
+LATER_SETTINGS = ("batch_max", "clip_norm", "staleness", "replicas", "codec")
 _LATER_KEYS = ("group", "tied", "codec", "buffers")
 _LATER_CONFIG = {"class_dim": 1}
-
-
-def compile_graph(
-    *,
-    name: str,
-    inputs: Mapping[str, TensorSpec],
-    nodes: Sequence[Draft],
-    loss: Draft,
-    optimizer: str,
-    optimizer_config: Mapping[str, object],
-    settings: Settings = _USUAL,
-) -> CompiledGraph:
-    """Checks that a network fits together and works out its shapes, bytes and FLOPs.
-
-    The loss's draft names one input, the output node.
-
-    Raises:
-        SpecError: one sentence that names the node and what was expected of it.
-    """
-    settings.check()
-    check_names(name, inputs, nodes, loss)
-    for input_name, spec in inputs.items():
-        check_tensor(f"input {input_name}", spec)
-    kind = find_optimizer(optimizer)
-    chosen = Optimizer(optimizer, fill("optimizer", kind.keys, optimizer_config))
-    if conflict := kind.conflict(chosen.config):
-        raise SpecError(f"optimizer: {conflict}")
-
-    homes = _homes(nodes)
-    known: dict[str, TensorSpec] = dict(inputs)
-    compiled: dict[str, Node] = {}
-    order = in_order(inputs, nodes)
-    for draft in order:
-        if draft.type != LOCAL_HEAD:
-            compiled[draft.id] = _compile_node(draft, known, chosen, homes)
-            known[draft.id] = compiled[draft.id].output
-    compiled_loss, target = _compile_loss(loss, known, inputs)
-    known[TARGET] = target  # which only a head takes
-    for draft in order:
-        if draft.type == LOCAL_HEAD:
-            compiled[draft.id] = _compile_node(draft, known, chosen, homes)
-    graph = CompiledGraph(
-        name=name,
-        inputs=dict(sorted(inputs.items())),
-        nodes=tuple(compiled[draft.id] for draft in order),
-        loss=compiled_loss,
-        target=target,
-        optimizer=chosen,
-        **{key.name: getattr(settings, key.name) for key in dataclasses.fields(Settings)},
-    )
-    _check_all_used(graph)
-    if graph.learning == LOCAL:
-        _check_all_taught(graph)
-    if len(graph.to_json()) > JSON_BYTES_MAX:
-        raise SpecError(f"the network takes over {JSON_BYTES_MAX >> 20} MiB to describe")
-    return graph
-
-
-def from_json(data: bytes) -> CompiledGraph:
-    """The graph that a peer sent, good only if it is what we would have compiled ourselves.
-
-    Raises:
-        MalformedError: too large, not JSON, another format version, a network
-            that does not fit together, or not its canonical form.
-    """
-    if len(data) > JSON_BYTES_MAX:
-        raise MalformedError(f"a compiled graph has at most {JSON_BYTES_MAX >> 20} MiB")
-    try:
-        top = json.loads(data.decode())
-        version = _get(top, "format_version", int)
-        if version != FORMAT_VERSION:
-            raise MalformedError(
-                f"a compiled graph has format {version}, and this node reads {FORMAT_VERSION}"
-            )
-        chosen = _get(top, "optimizer", dict)
-        loss = _draft(_get(top, "loss", dict))
-        settings: dict[str, Any] = {
-            key.name: _get(top, key.name, type(key.default))
-            for key in dataclasses.fields(Settings)
-            if key.name in top or key.name not in _LATER_SETTINGS
-        }
-        graph = compile_graph(
-            name=_get(top, "name", str),
-            inputs={
-                name: TensorSpec(tuple(_get(spec, "shape", list)), _get(spec, "dtype", str))
-                for name, spec in _get(top, "inputs", dict).items()
-            },
-            nodes=[_draft(node) for node in _get(top, "nodes", list)],
-            loss=dataclasses.replace(loss, inputs=loss.inputs[:1]),
-            optimizer=_get(chosen, "type", str),
-            optimizer_config=_get(chosen, "config", dict),
-            settings=Settings(**settings),
-        )
-    except (ValueError, RecursionError):
-        raise MalformedError("a compiled graph is not JSON") from None
-    except SpecError as error:
-        raise MalformedError(f"a compiled graph does not fit together: {error}") from None
-    if graph.to_json() != data:
-        raise MalformedError("a compiled graph is not in its canonical form")
-    return graph
-
-
-# --- compiling ----------------------------------------------------------------
-
-
-def _homes(nodes: Sequence[Draft]) -> dict[str, Draft]:
-    """By the id of a tied node: the Embedding whose weight it takes. Raises SpecError."""
-    by_id = {draft.id: draft for draft in nodes}
-    homes: dict[str, Draft] = {}
-    for draft in nodes:
-        wants_one = draft.type in COMPONENTS and COMPONENTS[draft.type].tied
-        if not (wants_one or draft.tied):
-            continue
-        if not wants_one:
-            raise SpecError(f"{draft.id}: {draft.type} has no weight to tie to {draft.tied!r}")
-        home = by_id.get(draft.tied)
-        if home is None or home.type != TIED_HOME:
-            raise SpecError(f"{draft.id}: {draft.type} needs tied: the id of an {TIED_HOME}")
-        if draft.group != home.group:
-            raise SpecError(f"{draft.id} shares the weight of {home.id}, and so its group")
-        homes[draft.id] = home
-    return homes
-
-
-def _compile_node(
-    draft: Draft,
-    known: Mapping[str, TensorSpec],
-    optimizer: Optimizer,
-    homes: Mapping[str, Draft],
-) -> Node:
-    component = find_component(draft.id, draft.type)
-    config = fill(draft.id, component.keys, draft.config)
-    low, high = component.inputs_min, component.inputs_max
-    if not low <= len(draft.inputs) <= high:
-        count = f"{low}" if low == high else f"{low} to {high}"
-        wanted = f"{count} input{'s' * (high > 1)}"
-        raise SpecError(f"{draft.id}: {draft.type} takes {wanted}, not {len(draft.inputs)}")
-    for ref in draft.inputs:
-        if ref not in known:
-            raise SpecError(f"{draft.id} takes {ref!r}, a {LOCAL_HEAD}, whose output none takes")
-    given = tuple(known[ref] for ref in draft.inputs)
-    if draft.type == LOCAL_HEAD:
-        _check_head(draft, config, known)
-    wanted_dtype = WHOLE_DTYPE if component.whole else DTYPE
-    for ref, spec in zip(draft.inputs, given, strict=True):
-        if spec.dtype != wanted_dtype and ref != TARGET:
-            raise SpecError(
-                f"{draft.id}: {draft.type} takes {wanted_dtype}, but {ref} gives {spec.dtype}"
-            )
-    shapes = tuple(spec.shape for spec in given)
-    # What a tied node computes with is its home's.
-    own = config
-    if draft.id in homes:
-        home = homes[draft.id]
-        own = fill(home.id, find_component(home.id, home.type).keys, home.config)
-    try:
-        output = TensorSpec(component.shape(own, shapes))
-    except DoesNotFit as error:
-        raise _misfit(draft, str(error), known) from None
-    check_tensor(draft.id, output)
-    params = component.params(own)
-    buffers = {
-        name: TensorSpec(shape, dtype) for name, (shape, dtype) in component.buffers(own).items()
-    }
-    values = sum(math.prod(shape) for shape in params.values())
-    kind = find_optimizer(optimizer.type)
-    kept = values * (2 + kind.copies(optimizer.config)) + kind.scalars * len(params)
-    item = DTYPE_BYTES[DTYPE]
-    # A step's new buffers are kept beside the old ones until it is decided.
-    state_bytes = kept * item + 2 * sum(spec.size_bytes for spec in buffers.values())
-    if state_bytes > NODE_BYTES_MAX:
-        raise SpecError(f"{draft.id}: {draft.type} has more parameters than any host could hold")
-    flops = component.flops(own, shapes, output.shape)
-    return Node(
-        id=draft.id,
-        type=draft.type,
-        config=config,
-        inputs=draft.inputs,
-        output=output,
-        param_shapes=params,
-        param_bytes=values * item,
-        state_bytes=state_bytes,
-        activation_bytes=_with_gradient(*given, output) + 2 * item * component.within(own, shapes),
-        flops_forward=flops,
-        flops_backward=flops * component.backward,
-        group=draft.group,
-        tied=draft.tied,
-        codec=draft.codec,
-        buffers=buffers,
-    )
-
-
-def _check_head(draft: Draft, config: Config, known: Mapping[str, TensorSpec]) -> None:
-    first, second = draft.inputs
-    if second != TARGET or first == TARGET:
-        raise SpecError(f"{draft.id}: a {LOCAL_HEAD} takes a node and {TARGET}")
-    dtype = WHOLE_DTYPE if config["loss"] == "CrossEntropyLoss" else DTYPE
-    if known[TARGET].dtype != dtype:
-        raise SpecError(f"{draft.id}: {config['loss']} takes a target of {dtype}")
-
-
-def _compile_loss(
-    draft: Draft, known: Mapping[str, TensorSpec], inputs: Mapping[str, TensorSpec]
-) -> tuple[Node, TensorSpec]:
-    kind = find_loss(draft.id, draft.type)
-    config = fill(draft.id, kind.keys, draft.config)
-    if len(draft.inputs) != 1:
-        raise SpecError(f"{draft.id}: {draft.type} takes 1 prediction, not {len(draft.inputs)}")
-    if draft.inputs[0] not in known or draft.inputs[0] in inputs:
-        raise SpecError(f"{draft.id} takes {draft.inputs[0]!r}, which is no node")
-    prediction = known[draft.inputs[0]]
-    try:
-        target = TensorSpec(*kind.target(config, prediction.shape))
-    except DoesNotFit as error:
-        raise _misfit(draft, str(error), known) from None
-    count = math.prod(prediction.shape)
-    node = Node(
-        id=draft.id,
-        type=draft.type,
-        config=config,
-        inputs=(*draft.inputs, TARGET),
-        output=TensorSpec(()),
-        param_shapes={},
-        param_bytes=0,
-        state_bytes=0,
-        activation_bytes=2 * prediction.size_bytes + target.size_bytes,
-        flops_forward=kind.flops_per_element * count,
-        flops_backward=2 * count,
-        group=draft.group,
-    )
-    return node, target
-
-
-def _with_gradient(*tensors: TensorSpec) -> int:
-    """Bytes: whole numbers have no gradient."""
-    return sum(spec.size_bytes * (2 if spec.dtype == DTYPE else 1) for spec in tensors)
-
-
-def _misfit(draft: Draft, expected: str, known: Mapping[str, TensorSpec]) -> SpecError:
-    given = " and ".join(f"{ref} gives {show(known[ref].shape)}" for ref in draft.inputs[:8])
-    return SpecError(f"{draft.id}: {draft.type} expects {expected}, but {given}")
-
-
-def _check_all_used(graph: CompiledGraph) -> None:
-    # In `chain` a node learns from the gradient that its consumers send back.
-    for node in graph.nodes:
-        if graph.consumers(node.id):
-            if graph.takes_target(node.id):
-                raise SpecError(f"{node.id} is a {LOCAL_HEAD}: no node takes its output")
-        elif not graph.takes_target(node.id):
-            raise SpecError(f"{node.id} leads nowhere: no node takes its output")
-        elif graph.learning != LOCAL:
-            raise SpecError(f"{node.id} is a {LOCAL_HEAD}, which needs learning: local")
-    for name in graph.inputs:
-        if not graph.consumers(name):
-            raise SpecError(f"no node takes the input {name}")
-
-
-def _check_all_taught(graph: CompiledGraph) -> None:
-    # In `local` nothing comes back from another block.
-    for node in graph.nodes:
-        if node.tied:
-            raise SpecError(f"{node.id} shares the weight of {node.tied}: write learning: chain")
-        if node.param_shapes and node.id not in graph._taught:
-            raise SpecError(
-                f"{node.id} would learn nothing: no {LOCAL_HEAD} and no loss follows it in its "
-                f"block {graph.block(node.id)}"
-            )
-
-
-def _at_length(graph: CompiledGraph, length: int) -> CompiledGraph:
-    if any(not spec.shape for spec in graph.inputs.values()):
-        raise SpecError(f"the network {graph.name} takes no sequences")
-    return compile_graph(
-        name=graph.name,
-        inputs={
-            name: TensorSpec((length, *spec.shape[1:]), spec.dtype)
-            for name, spec in graph.inputs.items()
-        },
-        nodes=[
-            Draft(node.id, node.type, node.config, node.inputs, node.group, node.tied, node.codec)
-            for node in graph.nodes
-        ],
-        loss=Draft(graph.loss.id, graph.loss.type, graph.loss.config, graph.loss.inputs[:1]),
-        optimizer=graph.optimizer.type,
-        optimizer_config=graph.optimizer.config,
-        settings=graph,
-    )
-
-
-# --- JSON ---------------------------------------------------------------------
-
-
-def _get(container: object, key: str, kind: type[T]) -> T:
-    value = container.get(key) if isinstance(container, dict) else None
-    if type(value) is not kind:
-        raise MalformedError(f"a compiled graph has no {key} of the right type")
-    return value
-
-
-def _draft(data: object) -> Draft:
-    inputs = _get(data, "inputs", list)
-    if not all(isinstance(ref, str) for ref in inputs):
-        raise MalformedError("a compiled graph has a node whose inputs are not names")
-    assert isinstance(data, dict)  # it has inputs
-    later = {key: _get(data, key, str) for key in ("group", "tied", "codec") if key in data}
-    return Draft(
-        _get(data, "id", str),
-        _get(data, "type", str),
-        _get(data, "config", dict),
-        tuple(inputs),
-        **later,
-    )

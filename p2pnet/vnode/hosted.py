@@ -360,9 +360,9 @@ class Hosted:
             cache = None if caches is None else caches.get(node)
             found = self._components[op.vnode].infer(tensors, entry=op.entry, cache=cache)
             values[node] = _seen(found, op.codec, node)
-        for node in outputs:
-            if not _finite(values[node]):
-                raise MalformedError(f"{node} gives NaN or infinity")
+        if not all(_finite(values[node]) for node in outputs):
+            culprit = next(node for node in nodes if not _finite(values[node]))
+            raise MalformedError(f"{culprit} gives NaN or infinity")
         return [_array(values[node]) for node in outputs]
 
     def do_cache(self, nodes: Sequence[str]) -> dict[str, Cache]:

@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 
 from p2pnet.errors import SpecError
 from p2pnet.vnode.catalogue import LOCAL_HEAD
+from p2pnet.vnode.compiling import compile_graph
 from p2pnet.vnode.draft import TARGET, Draft, TensorSpec
-from p2pnet.vnode.graph import CompiledGraph, Node, compile_graph
+from p2pnet.vnode.graph import CompiledGraph, Node
 from p2pnet.vnode.rules import HEAD_POOL
 
 # The kinds of head, each after a LayerNorm and, of pictures, a pooling to 2 by 2: one layer,

@@ -270,6 +270,8 @@ class StepCore:
         elif (event.node, event.consumer, event.slot) not in self._returns:
             what = f"input {event.slot} of {event.consumer[:80]}"
             return [self._bad(f"has no {event.node[:80]} that feeds {what}")]
+        if event.step < 1:
+            return [self._bad(f"knows no step {event.step}")]
         if not 0 <= event.micro_batch < self.pace.micro_batches:
             return [self._bad(f"knows no micro-batch {event.micro_batch}")]
         known = self._samples.get(event.step, event.batch_samples)

@@ -79,6 +79,23 @@ def test_a_network_from_submit_to_cancel(tmp_path: Path) -> None:
     play(main())
 
 
+def test_training_and_asking_at_once_take_turns(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with MemorySwarm(tmp_path, "abcd") as swarm, InMemory(swarm, tmp_path) as client:
+            net = await client.submit(SMALL)
+            x, _ = batch(99)
+            for step in (1, 3, 5):  # asking ends the run, which the next step begins anew
+                one, output, other = await asyncio.gather(
+                    net.train_step(*batch(step)), net(x), net.train_step(*batch(step + 1))
+                )
+                assert one == pytest.approx(plain(step)[1][step - 1], rel=1e-6)
+                assert other == pytest.approx(plain(step + 1)[1][step], rel=1e-6)
+                assert np.isfinite(output).all()
+            assert await net.digest() == plain(6)[0]
+
+    play(main())
+
+
 def test_a_torch_model_comes_back_trained(tmp_path: Path) -> None:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from p2pnet.client.models import spec_of, states_of, torch_names
 from p2pnet.errors import SpecError
 from p2pnet.orchestrator.spec import load_spec
-from p2pnet.vnode.graph import CompiledGraph, from_json
+from p2pnet.vnode.compiling import from_json
+from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.tensors import Array
 
 STEPS = 50

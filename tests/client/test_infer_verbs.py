@@ -24,7 +24,7 @@ class FakeNetwork:
 
     def __init__(self) -> None:
         spec = SimpleNamespace(shape=(2,), dtype="float32")
-        self.graph = SimpleNamespace(output="out", tensor=lambda ref: spec)
+        self.graph = SimpleNamespace(output="out", inputs={"x": spec}, tensor=lambda ref: spec)
         self.lose = True
         self.asked: Any = None
 

@@ -32,8 +32,9 @@ from p2pnet.orchestrator.placement import (
 )
 from p2pnet.orchestrator.predict import predict
 from p2pnet.orchestrator.spec import load_spec
+from p2pnet.vnode.compiling import compile_graph
 from p2pnet.vnode.draft import Draft, Settings, TensorSpec
-from p2pnet.vnode.graph import CompiledGraph, compile_graph
+from p2pnet.vnode.graph import CompiledGraph
 
 GIB = 1 << 30
 BATCH_MAX = 32  # what memory is lent for
@@ -482,7 +483,7 @@ SCRIPT = """
 import random
 from p2pnet.gossip.coordinates import Coordinate
 from p2pnet.orchestrator.placement import HostView, place
-from p2pnet.vnode.graph import from_json
+from p2pnet.vnode.compiling import from_json
 import sys
 rng = random.Random(3)
 hosts = [HostView(f"p{n}", 2.0, rng.choice([1, 4, 64]) << 20, rng.uniform(1, 90), rng.randrange(4),

@@ -17,8 +17,9 @@ from p2pnet.orchestrator.costs import (
     hop_ns,
 )
 from p2pnet.orchestrator.predict import predict
+from p2pnet.vnode.compiling import compile_graph
 from p2pnet.vnode.draft import Draft, TensorSpec
-from p2pnet.vnode.graph import CompiledGraph, compile_graph
+from p2pnet.vnode.graph import CompiledGraph
 
 STEP_S = STEP_NS / 1e9
 EDGE_S = edge_ns(0, 4096) / 1e9  # to another host that is near, one sample

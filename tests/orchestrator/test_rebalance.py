@@ -14,8 +14,9 @@ from p2pnet.gossip.coordinates import Coordinate
 from p2pnet.orchestrator.costs import HostView
 from p2pnet.orchestrator.placement import place
 from p2pnet.orchestrator.rebalance import HOUR_S, Hysteresis, Rebalancer, improve
+from p2pnet.vnode.compiling import compile_graph
 from p2pnet.vnode.draft import Draft, Settings, TensorSpec
-from p2pnet.vnode.graph import CompiledGraph, compile_graph
+from p2pnet.vnode.graph import CompiledGraph
 
 GIB = 1 << 30
 BATCH = 32

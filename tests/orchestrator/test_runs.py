@@ -21,8 +21,9 @@ from p2pnet.orchestrator.placement import SwarmTooSmallError, place
 from p2pnet.orchestrator.predict import predict
 from p2pnet.orchestrator.runs import Piece, Seat, split
 from p2pnet.orchestrator.spec import load_spec
+from p2pnet.vnode.compiling import compile_graph
 from p2pnet.vnode.draft import Draft, Settings, TensorSpec
-from p2pnet.vnode.graph import CompiledGraph, compile_graph
+from p2pnet.vnode.graph import CompiledGraph
 
 GIB = 1 << 30
 BATCH = 32

@@ -16,9 +16,10 @@ from shuffled import Run, Shuffled
 from torch import nn
 
 from p2pnet.data.datasets import batches, open_data
+from p2pnet.vnode.compiling import compile_graph
 from p2pnet.vnode.components import init_seed
 from p2pnet.vnode.draft import Draft, Settings, TensorSpec
-from p2pnet.vnode.graph import CompiledGraph, compile_graph
+from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.hosted import Hosted
 from p2pnet.vnode.messages import (
     ApplyDone,

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 import p2pnet
 from p2pnet.errors import MalformedError, SpecError
 from p2pnet.orchestrator.spec import load_spec
+from p2pnet.vnode.compiling import compile_graph, from_json
 from p2pnet.vnode.draft import Draft, Settings, TensorSpec
-from p2pnet.vnode.graph import CompiledGraph, compile_graph, from_json
+from p2pnet.vnode.graph import CompiledGraph
 
 DIGITS_PATH = Path(p2pnet.__file__).parent / "data" / "digits.yaml"
 DIGITS = load_spec(DIGITS_PATH)

@@ -15,8 +15,9 @@ from torch import nn
 from p2pnet.client.models import spec_of, states_of, torch_names
 from p2pnet.errors import MalformedError, SpecError
 from p2pnet.orchestrator.spec import load_spec
+from p2pnet.vnode.compiling import compile_graph, from_json
 from p2pnet.vnode.draft import Draft, Settings, TensorSpec
-from p2pnet.vnode.graph import CompiledGraph, compile_graph, from_json
+from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.local import with_heads
 
 

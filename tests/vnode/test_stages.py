@@ -7,8 +7,9 @@ from itertools import pairwise
 
 import pytest
 
+from p2pnet.vnode.compiling import compile_graph
 from p2pnet.vnode.draft import Draft, TensorSpec
-from p2pnet.vnode.graph import CompiledGraph, compile_graph
+from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.stages import InputEdge, OutputEdge, Stage, inference_stages_of, stages_of
 
 LINEAR = {"in_features": 4, "out_features": 4}

@@ -15,8 +15,9 @@ from shuffled import EPOCH, Run, Shuffled
 
 from p2pnet.sim.compute import Golden, Hosted, batch_of, initial
 from p2pnet.v1 import common_pb2 as pb
+from p2pnet.vnode.compiling import compile_graph
 from p2pnet.vnode.draft import Draft, Settings, TensorSpec
-from p2pnet.vnode.graph import CompiledGraph, compile_graph
+from p2pnet.vnode.graph import CompiledGraph
 from p2pnet.vnode.messages import (
     ActivationArrived,
     ApplyDone,
@@ -506,6 +507,7 @@ def test_so_many_micro_batches_wait_and_the_next_due_always_find_room() -> None:
         (Decided(EPOCH - 1, 0), pb.REFUSAL_CODE_STALE_EPOCH),
         (SaveRequested(EPOCH + 1, 0), pb.REFUSAL_CODE_UNKNOWN_EPOCH),
         (activation(micro_batch=1), pb.REFUSAL_CODE_BAD_REQUEST),
+        (activation(step=0), pb.REFUSAL_CODE_BAD_REQUEST),
         (activation(slot=0, source="x"), pb.REFUSAL_CODE_BAD_REQUEST),
         (activation(slot=0, source="b"), pb.REFUSAL_CODE_BAD_REQUEST),
         (activation(node="w"), pb.REFUSAL_CODE_BAD_REQUEST),
