@@ -170,23 +170,24 @@ class Crew:
     async def hear(
         self, request: vnode_pb2.TrainRequest, payload: Buffer | None
     ) -> common_pb2.Refusal | None:
-        """Takes a message from another host; where there is no room for it yet, waits a little.
+        """`hear_now`, but where there is no room for it yet, waits a little."""
+        return await self._when_room(lambda: self.hear_now(request, payload))
+
+    def hear_now(
+        self, request: vnode_pb2.TrainRequest, payload: Buffer | None
+    ) -> common_pb2.Refusal | None:
+        """Takes a message from another host.
 
         Raises:
             MalformedError: bytes that are no tensor, or no training message.
         """
-        head = head_of(request)
-
-        def once() -> common_pb2.Refusal | None:
-            event = head
-            if self._core.wants(head):
-                found = arrival_of(self._net.graph, head, request, payload)
-                if isinstance(found, common_pb2.Refusal):
-                    return found
-                event = found
-            return self.take(event)  # and says why, if that is a mistake
-
-        return await self._when_room(once)
+        event = head = head_of(request)
+        if self._core.wants(head):
+            found = arrival_of(self._net.graph, head, request, payload)
+            if isinstance(found, common_pb2.Refusal):
+                return found
+            event = found
+        return self.take(event)  # and says why, if that is a mistake
 
     async def _when_room(
         self, take: Callable[[], common_pb2.Refusal | None]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from p2pnet.dht.keyspace import vnode_key
 from p2pnet.dht.manifest import open_manifest
@@ -27,7 +27,7 @@ from p2pnet.vnode.admission import Limits
 from p2pnet.vnode.blobs import BLOB_BYTES_MAX, BlobKeeper
 from p2pnet.vnode.executor import ComputeThread
 from p2pnet.vnode.faults import Faults
-from p2pnet.vnode.hops_server_shell import HopsServer
+from p2pnet.vnode.hops_server_shell import Answer, HopsServer
 from p2pnet.vnode.hosting import Hosting, Usage
 from p2pnet.vnode.network import HostedNetwork, refusal
 
@@ -242,10 +242,24 @@ class Host:
 
     # VNode: the hot path
 
-    async def hop(
+    def hop(
         self, request: Request, payload: memoryview | None, caller: Caller
-    ) -> tuple[vnode_pb2.HopReply, Buffer | None]:
-        """Whatever goes from VNode to VNode, or comes from who feeds or asks a network."""
+    ) -> Answer | Coroutine[Any, Any, Answer]:
+        """Whatever goes from VNode to VNode, or comes from who feeds or asks a network.
+
+        Most of it need not wait, and is answered here and now: a task would cost more.
+        """
+        if isinstance(request, vnode_pb2.TrainRequest):
+            found = self._hosted.find(request.id.network_id, request.id.epoch, request.vnode)
+            if not isinstance(found, common_pb2.Refusal):
+                net, crew = found
+                no = net.refuse_sender(request.source, caller.peer_id)
+                no = no or crew.hear_now(request, payload)
+                if no is None or no.code != common_pb2.REFUSAL_CODE_BUSY:
+                    return vnode_pb2.HopReply(refusal=no), None
+        return self._hop(request, payload, caller)
+
+    async def _hop(self, request: Request, payload: memoryview | None, caller: Caller) -> Answer:
         match request:
             case vnode_pb2.TrainRequest():
                 no = await self._train(request, payload, caller.peer_id)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from many_seeds import failed, play, total, values
 
-from p2pnet.orchestrator.messages import MakePlan
-from p2pnet.sim.conductor_run import ConductorRun
+from p2pnet.orchestrator.messages import MakePlan, Planned
+from p2pnet.orchestrator.planning import Planning
 from p2pnet.sim.report import quantile
 from p2pnet.sim.scenarios.relocation import SCENARIO
 
@@ -37,11 +37,13 @@ def test_r04(scale: Any, figure: Callable[[str], None]) -> None:
 
 
 def test_r04_mutant_that_leaves_vnodes_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    placed = ConductorRun._place
+    planned = Planning.plan
 
-    def stays(run: ConductorRun, plan: MakePlan, hosts: Any) -> Any:
-        return (dict(plan.current), "") if plan.current else placed(run, plan, hosts)
+    def stays(planning: Planning, request: MakePlan, hosts: Any, now: float) -> Planned:
+        if request.current:
+            return Planned(request.purpose, dict(request.current))
+        return planned(planning, request, hosts, now)
 
-    monkeypatch.setattr(ConductorRun, "_place", stays)
+    monkeypatch.setattr(Planning, "plan", stays)
     report = SCENARIO.play(32, 0, {"steps": 60.0, "limit_s": 20.0})
     assert any("not done" in failure for failure in report.failures)

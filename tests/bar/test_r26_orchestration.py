@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from many_seeds import failed, play, total
 
-from p2pnet.client import feed
-from p2pnet.client.events import Deliver, StepResult
+from p2pnet.client.events import Deliver, Effect, StepResult
+from p2pnet.client.results import Results
 from p2pnet.errors import RemoteError
 from p2pnet.log.history import History, check_entry
 from p2pnet.orchestrator.ledger import StepLedger
@@ -81,8 +81,8 @@ def test_r26_mutant_ledger_that_decides_without_one(monkeypatch: pytest.MonkeyPa
     advance = StepLedger._advance
 
     def hasty(ledger: StepLedger, now: float) -> Any:
-        held = ledger._held
-        if len(held) == len(ledger.vnodes) - 1 and ledger.loss in held:
+        held = ledger._held.get(ledger.decided + 1, {})
+        if ledger.loss in held:
             for vnode in ledger.vnodes:
                 held.setdefault(vnode, held[ledger.loss])
         return advance(ledger, now)
@@ -92,13 +92,13 @@ def test_r26_mutant_ledger_that_decides_without_one(monkeypatch: pytest.MonkeyPa
 
 
 def test_r26_mutant_feed_that_hands_on_a_result_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    decided = feed.Feed._step_decided
+    deliver = Results.deliver
 
-    def again(core: feed.Feed, told: Any, effects: list[Any]) -> None:
-        before, out = len(effects), core._out
-        decided(core, told, effects)
-        if told.step == out <= core._delivered and len(effects) == before:
-            effects.append(Deliver(StepResult(told.step, told.loss, told.correct, told.samples)))
+    def again(results: Results, result: StepResult, effects: list[Effect]) -> None:
+        if result.step == results.delivered:
+            effects.append(Deliver(result))
+        else:
+            deliver(results, result, effects)
 
-    monkeypatch.setattr(feed.Feed, "_step_decided", again)
+    monkeypatch.setattr(Results, "deliver", again)
     assert "came after that of step" in _caught()
