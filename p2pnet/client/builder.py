@@ -209,10 +209,9 @@ def config_of(id: str, module: nn.Module) -> dict[str, Any]:
     config = {key: plain(getattr(module, key)) for key in keys if hasattr(module, key)}
     if "bias" in keys:  # a layer's attribute is the tensor itself
         config["bias"] = getattr(module, "bias", getattr(module, "in_proj_bias", None)) is not None
-    for key in COMPONENTS[kind].keys:
-        if config.get(key.name, key.default) is None and key.default is not None:
-            raise SpecError(f"layer {id}: {kind} with {key.name}=None is not there yet")
     for name, parameter in inspect.signature(type(module).__init__).parameters.items():
+        if name in config and config[name] is None and parameter.default is not None:
+            raise SpecError(f"layer {id}: {kind} with {name}=None is not there yet")
         if name in ("self", *keys, *_NO_MATTER) or parameter.default is parameter.empty:
             continue
         value = getattr(module, name, parameter.default)

@@ -160,6 +160,8 @@ class Answerer:
         if not self._last < id <= ID_MAX:
             raise MalformedError(f"hop {id} begins after hop {self._last}")
         self._last = id
+        if len(self._refused) >= EXCHANGES_MAX:
+            raise MalformedError("too many hops that are refused are sent on all the same")
         limit_bytes, room = self._bytes_max(request), self._room
         if limit_bytes is None:
             limit_bytes, room = UNKNOWN_BYTES_MAX, self._strange
@@ -212,8 +214,6 @@ class Answerer:
         """What is left of it is read over; only what is refused is not bounded by room."""
         self._reply(id, code, detail)
         if left_bytes:
-            if len(self._refused) >= EXCHANGES_MAX:
-                raise MalformedError("too many hops that are refused are sent on all the same")
             self._refused[id] = left_bytes
 
     def _reply(self, id: int, code: common_pb2.RefusalCode, detail: str) -> None:

@@ -420,6 +420,15 @@ def test_refused_payloads_are_not_sent_without_end() -> None:
         hear(answerer, [head(id, 100, b"1") for id in range(1, EXCHANGES_MAX + 2)])
 
 
+def test_payloads_that_are_late_are_not_begun_without_end() -> None:
+    answerer = taking(1000)
+    for id in range(1, EXCHANGES_MAX + 1):
+        announce(answerer, id, 1000, timeout_ms=1)
+    assert answerer.late(1.0) == []
+    with pytest.raises(MalformedError):
+        announce(answerer, EXCHANGES_MAX + 1, 1000)
+
+
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32))
 def test_any_order_of_events(seed: int) -> None:
